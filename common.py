@@ -1,0 +1,103 @@
+"""
+What every script shares: errors a user can act on, the device, and files that are never left half written.
+"""
+import argparse
+import os
+import pickle
+import sys
+import zipfile
+
+import torch
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message says what, and what to do; `command_line` prints it, without traceback."""
+
+
+def command_line(main):
+    """Run a script's `main()`. Bad input ends as one line on stderr and exit code 2, Ctrl-C as exit code 130."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(print(f"error: {' '.join(str(error).split())}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("interrupted", file=sys.stderr) or 130)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but a bad flag is one line and exit code 2, without the usage text."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see python {self.prog} --help)\n")
+
+
+def pick_device(name=None):
+    """The device by name, or the best there is: cuda, else mps, else cpu. Raises InputError for one that is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} does not work here ({str(error).splitlines()[0]}); leave it out to pick one")
+    return torch.device(name)
+
+
+def write_atomically(path, write):
+    """
+    Call `write(file)` on a temporary file beside `path`, then rename it into place: a reader, or a crash at any
+    moment, sees the old file or the new one, never half of one. A full disk raises InputError and keeps the old file.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())                # on the disk before the name points at it
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:       # torch.save reports a full disk as RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise InputError(f"could not write {path} ({str(error).splitlines()[0]}); what was there before is kept")
+
+
+def save_checkpoint(path, content):
+    """Save a dict of tensors and plain types atomically; the file it replaces stays beside it as NAME.prev.pt."""
+    write_atomically(f"{path}.new", lambda file: torch.save(content, file))
+    if os.path.exists(path):
+        os.replace(path, previous(path))
+    os.replace(f"{path}.new", path)
+
+
+def previous(path):
+    """Where `save_checkpoint` keeps the file before the last one: far.pt -> far.prev.pt."""
+    stem, extension = os.path.splitext(path)
+    return f"{stem}.prev{extension}"
+
+
+def load_checkpoint(path, kind=None, device="cpu", allow=()):
+    """
+    Read a checkpoint without running any code in it. `kind` is what its own "kind" entry must say ("far",
+    "tokenizer", ...); `allow` lists harmless classes that may stand inside (argparse.Namespace, for published files).
+    Damage is found by the zip's own CRC32 sums. Raises InputError with one line on a missing, truncated, damaged or
+    foreign file, and on one that carries code.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"there is no file {path}")
+    try:
+        if zipfile.is_zipfile(path):
+            damaged = zipfile.ZipFile(path).testzip()
+            if damaged:
+                raise InputError(f"{path} is damaged (its part {damaged} does not match its checksum)")
+        with torch.serialization.safe_globals(list(allow)):
+            content = torch.load(path, map_location=device, weights_only=True)
+    except InputError:
+        raise
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error) or "GLOBAL" in str(error):
+            raise InputError(f"{path} carries code, or classes that are not plain tensors: it is refused")
+        raise InputError(f"{path} is not a checkpoint, or it is truncated")
+    except Exception:                              # truncated files end in a dozen different exceptions
+        raise InputError(f"{path} is not a checkpoint, or it is truncated")
+    if kind and not (isinstance(content, dict) and content.get("kind") == kind):
+        raise InputError(f"{path} is not a {kind} checkpoint of this program")
+    return content

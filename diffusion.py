@@ -1,0 +1,253 @@
+"""
+The diffusion head: one continuous token x given the transformer's output z for it, p(x | z), and its samplers.
+
+    alphas_cumprod      noise schedules                      Nichol & Dhariwal 2021 (cosine), Ho et al. 2020 (linear)
+    Chain               the maths of a (shortened) chain     Ho et al. 2020, Nichol & Dhariwal 2021
+    DiffusionHead       the network, loss() and sample()     FAR's diffusion loss; Li et al. 2024 (MAR), section 3.2
+
+Shapes: M tokens of any number of images and bands, C channels of a token, D width of z, W width of the head,
+T diffusion steps of training (t = 0 is almost clean, T - 1 almost pure noise), S steps of sampling.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SAMPLERS = ("ddpm", "ddim", "dpmpp")
+
+
+def alphas_cumprod(name, T):
+    """Share of signal variance left at each step, float64 (T,). `cosine`: Nichol & Dhariwal 2021 eq. 17; `linear`: Ho et al. 2020."""
+    if name == "linear":
+        beta = torch.linspace(1e-4 * 1000 / T, 0.02 * 1000 / T, T, dtype=torch.float64)
+    elif name == "cosine":
+        u = torch.arange(T + 1, dtype=torch.float64) / T
+        f = torch.cos((u + 0.008) / 1.008 * math.pi / 2).square()
+        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)          # the clip keeps the last step from being a singularity
+    else:
+        raise ValueError(f"unknown noise schedule {name!r}: cosine or linear")
+    return torch.cumprod(1 - beta, dim=0)
+
+
+class Chain:
+    """
+    The steps `times` of a diffusion with cumulated signal `abar` (T,), in increasing order: all T of them in
+    training, S of them in sampling (respacing, Nichol & Dhariwal 2021 section 4). Tables are float32, computed in float64.
+    """
+
+    def __init__(self, abar, times=None, device=None):
+        self.times = torch.arange(len(abar)) if times is None else times             # (S,) t of every step
+        abar = abar.double().cpu()[self.times]
+        before = torch.cat([abar.new_ones(1), abar[:-1]])                            # abar of the step below
+        beta = 1 - abar / before
+        variance = beta * (1 - before) / (1 - abar)                                  # of q(x_{s-1} | x_s, x_0), DDPM eq. 7
+        tables = dict(
+            alpha=abar.sqrt(), sigma=(1 - abar).sqrt(),                              # x_s = alpha x_0 + sigma noise
+            to_x0=beta * before.sqrt() / (1 - abar),                                 # posterior mean = to_x0 x_0 + to_xt x_s
+            to_xt=(1 - before) * (1 - beta).sqrt() / (1 - abar),
+            log_small=torch.cat([variance[1:2] if len(variance) > 1 else beta[:1], variance[1:]]).log(),  # 0 at s = 0: clipped
+            log_large=beta.log())
+        self.tables = {name: table.float().to(device) for name, table in tables.items()}
+
+    def at(self, s, *names):
+        """Table values for steps s, an int or a LongTensor (M,), shaped to multiply (M, C)."""
+        values = [self.tables[name][s] for name in names]
+        return [v[..., None] for v in values] if torch.is_tensor(s) else values
+
+    def posterior_mean(self, x0, xt, s):
+        """Mean of q(x_{s-1} | x_s, x_0), DDPM eq. 7. x0, xt (M, C) -> (M, C)."""
+        to_x0, to_xt = self.at(s, "to_x0", "to_xt")
+        return to_x0 * x0 + to_xt * xt
+
+    def log_variance(self, v, s):
+        """Learned log-variance between its two bounds: v (M, C) in [-1, 1], Nichol & Dhariwal 2021 eq. 15."""
+        small, large = self.at(s, "log_small", "log_large")
+        return small + (v + 1) / 2 * (large - small)
+
+
+def normal_kl(mean_a, logvar_a, mean_b, logvar_b):
+    """KL divergence between diagonal Gaussians, elementwise, in nats."""
+    return 0.5 * (logvar_b - logvar_a - 1 + (logvar_a - logvar_b).exp() + (mean_a - mean_b).square() * (-logvar_b).exp())
+
+
+def discretised_nll(x, mean, logvar, half_bin=1 / 255):
+    """-log of the mass that N(mean, exp(logvar)) puts on a bin around x, in nats: the decoder term, DDPM eq. 13."""
+    cdf = lambda y: 0.5 * (1 + torch.erf((y - mean) * (-0.5 * logvar).exp() / math.sqrt(2)))
+    return -(cdf(x + half_bin) - cdf(x - half_bin)).clamp(min=1e-12).log()
+
+
+class TimeEmbedding(nn.Module):
+    """Step t -> (W,): 256 sinusoids, cosines first, then a small MLP."""
+
+    def __init__(self, width, n_freq=256):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(n_freq, width), nn.Linear(width, width)
+        frequencies = torch.exp(-math.log(10000) * torch.arange(n_freq // 2) / (n_freq // 2))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, t):
+        angle = t.float()[:, None] * self.frequencies                                # (M, 128)
+        return self.fc2(F.silu(self.fc1(torch.cat([angle.cos(), angle.sin()], dim=-1))))
+
+
+class HeadBlock(nn.Module):
+    """Residual MLP on one token, steered by adaLN: h + gate * MLP(LN(h) * (1 + scale) + shift)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
+        self.modulation = nn.Linear(width, 3 * width)
+
+    def forward(self, h, y):
+        shift, scale, gate = self.modulation(y).chunk(3, dim=-1)                     # (M, W) each
+        return h + gate * self.fc2(F.silu(self.fc1(self.norm(h) * (1 + scale) + shift)))
+
+
+class DiffusionHead(nn.Module):
+    """p(x | z) for single tokens: a DDPM whose network is a small adaLN MLP (MAR, section 3.2 and appendix)."""
+
+    def __init__(self, token_dim, z_dim, width, depth, schedule="cosine", predict="eps", T=1000):
+        super().__init__()
+        self.predict = predict
+        self.time = TimeEmbedding(width)
+        self.cond = nn.Linear(z_dim, width)
+        self.level = nn.Linear(1, width)                 # of the raw cut-off of the transformer's input
+        self.input = nn.Linear(token_dim, width)
+        self.blocks = nn.ModuleList(HeadBlock(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, 2 * token_dim)    # the prediction, and v of the learned variance
+        for linear in [m for m in self.modules() if isinstance(m, nn.Linear)]:
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for linear in (self.time.fc1, self.time.fc2):
+            nn.init.normal_(linear.weight, std=0.02)
+        for linear in [block.modulation for block in self.blocks] + [self.modulation, self.output]:
+            nn.init.zeros_(linear.weight)                # every block starts as the identity, the output as zero
+        self.register_buffer("abar", alphas_cumprod(schedule, T), persistent=False)
+        self.chains = {}                                 # (steps, device) -> Chain
+
+    def chain(self, times=None):
+        """The chain with these steps (all by default), its tables on the head's device."""
+        key = (None if times is None else tuple(times.tolist()), self.abar.device)
+        if key not in self.chains:
+            self.chains[key] = Chain(self.abar, times, self.abar.device)
+        return self.chains[key]
+
+    def condition(self, z, level):
+        """z (M, D), level (M, 1) or (1, 1): the part of the condition that does not change with t -> (M, W)."""
+        return self.cond(z) + self.level(level)
+
+    def forward(self, xt, time, condition):
+        """Noisy tokens (M, C), time embedding (M, W) or (1, W), condition (M, W) -> prediction and v, (M, C) each, float32."""
+        h = self.input(xt)                                                           # (M, W)
+        y = F.silu(time + condition)                                                 # (M, W)
+        for block in self.blocks:
+            h = block(h, y)
+        shift, scale = self.modulation(y).chunk(2, dim=-1)
+        return self.output(self.norm(h) * (1 + scale) + shift).float().chunk(2, dim=-1)
+
+    def to_x0(self, prediction, xt, alpha, sigma):
+        """The clean token that a prediction implies: from the noise, or from v = alpha noise - sigma x_0 (Salimans & Ho 2022)."""
+        return (xt - sigma * prediction) / alpha if self.predict == "eps" else alpha * xt - sigma * prediction
+
+    def loss(self, x0, condition, t, noise):
+        """
+        Nichol & Dhariwal 2021 eq. 16: squared error of the prediction, and the variational term in bits, which only
+        trains the variance. Clean tokens and noise (M, C), condition (M, W), steps t (M,). Returns both terms, (M,) each.
+        """
+        chain = self.chain()
+        alpha, sigma = chain.at(t, "alpha", "sigma")
+        xt = alpha * x0 + sigma * noise                                              # DDPM eq. 4
+        prediction, v = self(xt, self.time(t), condition)
+        target = noise if self.predict == "eps" else alpha * noise - sigma * x0
+        mse = (prediction - target).square().mean(dim=-1)
+        mean = chain.posterior_mean(self.to_x0(prediction.detach(), xt, alpha, sigma), xt, t)
+        logvar = chain.log_variance(v, t)
+        small, = chain.at(t, "log_small")
+        kl = normal_kl(chain.posterior_mean(x0, xt, t), small, mean, logvar)
+        nll = discretised_nll(x0, mean, logvar)
+        bits = torch.where((t == 0)[:, None], nll, kl).mean(dim=-1) / math.log(2)
+        return mse, bits
+
+    def predict_guided(self, xt, time, condition, guidance):
+        """
+        One network call; with guidance != 1 the condition holds the conditional tokens, then the unconditional ones,
+        and the prediction is u + guidance (c - u) (Ho & Salimans 2022 eq. 6). xt (M, C) -> prediction and v, (M, C) each.
+        """
+        if guidance == 1:
+            return self(xt, time, condition)
+        prediction, v = self(torch.cat([xt, xt]), time, condition)                   # (2M, C) each
+        c, u = prediction.chunk(2)
+        return u + guidance * (c - u), v.chunk(2)[0]
+
+    def sample(self, condition, noise, steps, sampler="ddpm", guidance=1.0, temperature=1.0):
+        """
+        Draw tokens. condition (M, W), or (2M, W) with guidance != 1; noise (M, n, C) unit normals, n from `n_noise`;
+        -> (M, C). `ddpm` is ancestral sampling with the learned variance, its noise scaled by the temperature; `ddim`
+        (Song et al. 2021, eta = 0) and `dpmpp` (DPM-Solver++(2M), Lu et al. 2022 algorithm 2) are deterministic given
+        the first noise, which the temperature scales.
+        """
+        chain = self.chain(sampling_times(self.abar, steps, sampler, self.predict))
+        embedded = self.time(chain.times.to(noise.device))                           # (S, W), once for all tokens
+        run = {"ddpm": self._ddpm, "ddim": self._ddim, "dpmpp": self._dpmpp}[sampler]
+        return run(chain, embedded, condition, noise.float(), guidance, temperature)
+
+    def _ddpm(self, chain, embedded, condition, noise, guidance, temperature):
+        x = noise[:, 0]
+        for s in reversed(range(len(chain.times))):
+            prediction, v = self.predict_guided(x, embedded[s:s + 1], condition, guidance)
+            x = chain.posterior_mean(self.to_x0(prediction, x, *chain.at(s, "alpha", "sigma")), x, s)
+            if s > 0 and temperature:
+                x = x + (0.5 * chain.log_variance(v, s)).exp() * temperature * noise[:, s]
+        return x
+
+    def _ddim(self, chain, embedded, condition, noise, guidance, temperature):
+        x = noise[:, 0] * temperature
+        for s in reversed(range(len(chain.times))):
+            alpha, sigma = chain.at(s, "alpha", "sigma")
+            x0 = self.to_x0(self.predict_guided(x, embedded[s:s + 1], condition, guidance)[0], x, alpha, sigma)
+            if s > 0:
+                alpha_next, sigma_next = chain.at(s - 1, "alpha", "sigma")
+                x = alpha_next * x0 + sigma_next / sigma * (x - alpha * x0)          # DDIM eq. 12 with eta = 0
+        return x0
+
+    def _dpmpp(self, chain, embedded, condition, noise, guidance, temperature):
+        x, before, h_before = noise[:, 0] * temperature, None, None
+        for s in reversed(range(len(chain.times))):
+            alpha, sigma = chain.at(s, "alpha", "sigma")
+            x0 = self.to_x0(self.predict_guided(x, embedded[s:s + 1], condition, guidance)[0], x, alpha, sigma)
+            if s > 0:
+                alpha_next, sigma_next = chain.at(s - 1, "alpha", "sigma")
+                h = ((alpha_next / sigma_next) / (alpha / sigma)).log()              # step in half the log-SNR
+                d = x0 if before is None else x0 + h / (2 * h_before) * (x0 - before)
+                x = sigma_next / sigma * x - alpha_next * torch.expm1(-h) * d
+                before, h_before = x0, h
+        return x0
+
+
+def n_noise(steps, sampler):
+    """How many unit normals per token number a sampler needs: the start, and one per step if it is ancestral."""
+    return steps if sampler == "ddpm" else 1
+
+
+def sampling_times(abar, steps, sampler, predict):
+    """
+    The steps t (S,), increasing, LongTensor. `ddpm`: evenly spaced in t, as the released code's respacing. The
+    solvers: evenly spaced in log-SNR-like ... 
+    """
+    T = len(abar)
+    if not 1 <= steps <= T:
+        raise ValueError(f"the number of diffusion steps must be between 1 and {T}, not {steps}")
+    if sampler == "ddpm" or steps == 1:
+        return torch.linspace(0, T - 1, steps, dtype=torch.float64).round().long() if steps > 1 else torch.tensor([T - 1])
+    return spaced(abar, steps, predict)
+
+
+def spaced(abar, steps, predict, kind="t"):
+    T = len(abar)
+    if kind == "t":
+        t = torch.linspace(0, T - 1, steps, dtype=torch.float64)
+    return t.round().long()

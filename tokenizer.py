@@ -1,0 +1,436 @@
+"""
+The tokenizer: a continuous KL autoencoder. An image becomes a small square grid of continuous tokens, and back.
+
+    python tokenizer.py --data fashion_mnist                  # train one, print its PSNR on held-out images
+    python tokenizer.py --data my_photos --size 256           # a folder of images; the stride follows the size
+    python train.py ...                                       # trains a missing tokenizer by itself
+
+The network is latent diffusion's AutoencoderKL (Rombach et al. 2022, appendix G), so that the published KL-16 file
+(`kl16.ckpt`) loads into the same class; `patch` folds pixels into channels first, which is what makes a small one
+train in minutes on a CPU.
+
+Shapes: B images, S side of the image, C latent channels, H = S / stride side of the latent grid, c image channels.
+"""
+import hashlib
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import InputError, OneLineParser, command_line, load_checkpoint, pick_device, save_checkpoint, write_atomically
+
+
+@dataclass
+class TokenizerConfig:
+    image_channels: int = 3         # 1 for grey images, 3 for colour
+    image_size: int = 32            # the side it was trained for
+    patch: int = 2                  # pixels folded into channels before the first convolution: patch x patch
+    width: int = 64                 # channels of the first level
+    mult: tuple = (1, 2)            # width multiplier per level; every level after the first halves the side
+    n_res: int = 1                  # residual blocks per level of the encoder; the decoder has one more
+    latent_dim: int = 4             # C
+    level_attention: bool = False   # attention in the encoder's last level too (the published KL-16)
+    shortcut: bool = True           # a linear path around encoder and decoder: what a patch-wise PCA does is not relearned
+
+    @property
+    def stride(self):
+        return self.patch * 2 ** (len(self.mult) - 1)
+
+    @property
+    def latent_size(self):
+        return self.image_size // self.stride
+
+    def __post_init__(self):
+        self.mult = tuple(self.mult)
+        if self.image_size % self.stride:
+            raise InputError(f"an image size of {self.image_size} is not a multiple of the tokenizer's stride {self.stride}")
+
+
+def group_norm(channels):
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Norm - SiLU - 3x3 convolution, twice, plus the input."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(n_in), nn.Conv2d(n_in, n_out, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(n_out), nn.Conv2d(n_out, n_out, 3, padding=1)
+        if n_in != n_out:
+            self.nin_shortcut = nn.Conv2d(n_in, n_out, 1)
+
+    def forward(self, x):
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention among all positions of the map."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.norm = group_norm(n)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(n, n, 1) for _ in range(4))
+
+    def forward(self, x):
+        y = self.norm(x)
+        q, k, v = (f(y).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))        # (B, HW, n)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)         # (B, n, H, W)
+        return x + self.proj_out(y)
+
+
+class Resample(nn.Module):
+    """Halve the side by a strided convolution, or double it by nearest neighbours and a convolution."""
+
+    def __init__(self, n, up):
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(n, n, 3, padding=1) if up else nn.Conv2d(n, n, 3, stride=2)
+
+    def forward(self, x):
+        # the published files were trained with padding on the right and bottom only
+        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
+
+
+def middle(n):
+    return nn.ModuleDict(dict(block_1=ResBlock(n, n), attn_1=AttnBlock(n), block_2=ResBlock(n, n)))
+
+
+class Encoder(nn.Module):
+    """Image to the mean and log-variance of its latent."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        width = [cfg.width * m for m in cfg.mult]
+        self.conv_in = nn.Conv2d(cfg.image_channels * cfg.patch ** 2, width[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, n in enumerate(width):
+            last = i == len(width) - 1
+            level = nn.ModuleDict(dict(
+                block=nn.ModuleList(ResBlock(n if j else width[max(i - 1, 0)], n) for j in range(cfg.n_res))))
+            if last and cfg.level_attention:
+                level["attn"] = nn.ModuleList(AttnBlock(n) for _ in range(cfg.n_res))
+            if not last:
+                level["downsample"] = Resample(n, up=False)
+            self.down.append(level)
+        self.mid = middle(n)
+        self.norm_out, self.conv_out = group_norm(n), nn.Conv2d(n, 2 * cfg.latent_dim, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down:
+            for j, block in enumerate(level["block"]):
+                x = block(x)
+                x = level["attn"][j](x) if "attn" in level else x
+            x = level["downsample"](x) if "downsample" in level else x
+        x = self.mid["block_2"](self.mid["attn_1"](self.mid["block_1"](x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """Latent to image. Levels are stored lowest resolution last, as in the published files."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        width = [cfg.width * m for m in cfg.mult]
+        self.conv_in = nn.Conv2d(cfg.latent_dim, width[-1], 3, padding=1)
+        self.mid = middle(width[-1])
+        self.up = nn.ModuleList()
+        for i, n in enumerate(width):
+            n_in = width[min(i + 1, len(width) - 1)]                 # what the level below hands over
+            level = nn.ModuleDict(dict(
+                block=nn.ModuleList(ResBlock(n if j else n_in, n) for j in range(cfg.n_res + 1))))
+            if i:
+                level["upsample"] = Resample(n, up=True)
+            self.up.append(level)
+        self.norm_out = group_norm(width[0])
+        self.conv_out = nn.Conv2d(width[0], cfg.image_channels * cfg.patch ** 2, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        x = self.mid["block_2"](self.mid["attn_1"](self.mid["block_1"](x)))
+        for level in reversed(self.up):
+            for block in level["block"]:
+                x = block(x)
+            x = level["upsample"](x) if "upsample" in level else x
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """The tokenizer. `latent_scale` turns its latents into the unit-variance x of the rest of the code."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        self.quant_conv = nn.Conv2d(2 * cfg.latent_dim, 2 * cfg.latent_dim, 1)
+        self.post_quant_conv = nn.Conv2d(cfg.latent_dim, cfg.latent_dim, 1)
+        if cfg.shortcut:
+            n = cfg.image_channels * cfg.stride ** 2
+            self.shortcut_in, self.shortcut_out = nn.Conv2d(n, cfg.latent_dim, 1), nn.Conv2d(cfg.latent_dim, n, 1)
+        self.register_buffer("latent_scale", torch.ones(()), persistent=False)
+
+    def encode(self, image):
+        """image (B, c, S, S) in [-1, 1] -> mean and log-variance of the latent, each (B, C, H, H), not scaled."""
+        x = F.pixel_unshuffle(image, self.cfg.patch)                              # (B, c patch^2, S/patch, S/patch)
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)           # (B, C, H, H) each
+        if self.cfg.shortcut:
+            mean = mean + self.shortcut_in(F.pixel_unshuffle(image, self.cfg.stride))
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, latent):
+        """latent (B, C, H, H), not scaled -> image (B, c, S, S), about [-1, 1]."""
+        image = F.pixel_shuffle(self.decoder(self.post_quant_conv(latent)), self.cfg.patch)
+        return image + F.pixel_shuffle(self.shortcut_out(latent), self.cfg.stride) if self.cfg.shortcut else image
+
+    def loss(self, image, noise, kl_weight):
+        """
+        Mean absolute error plus `kl_weight` times the Kullback-Leibler divergence of the latent from a unit Gaussian,
+        both per pixel (Kingma & Welling 2014; Rombach et al. 2022 eq. 25 without its adversarial term).
+        image (B, c, S, S); noise (B, C, H, H), unit normal. Returns (loss, error, KL per latent number).
+        """
+        mean, logvar = self.encode(image)
+        mean, logvar = mean.float(), logvar.float()
+        decoded = self.decode(mean + (0.5 * logvar).exp() * noise).float()
+        error = (decoded - image).abs().mean()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+        return error + kl_weight * kl.sum() / image.numel(), error, kl.mean()
+
+
+def default_config(image_size, image_channels, stride=None, latent_dim=None):
+    """
+    The tokenizer for an image size. Up to 64 px: a small one that trains in minutes on two CPU cores (stride 4 up to
+    32 px, 8 at 64). Above: the published KL-16 network, stride 16, for a GPU.
+    """
+    stride = stride or next((s for size, s in ((32, 4), (64, 8)) if image_size <= size), 16)
+    if stride not in (4, 8, 16):
+        raise InputError(f"--stride is 4, 8 or 16, not {stride}")
+    if stride == 16 and image_size > 64:
+        shape = dict(patch=1, width=128, mult=(1, 1, 2, 2, 4), n_res=2, latent_dim=latent_dim or 16, level_attention=True, shortcut=False)
+    else:
+        mult = {4: (1,), 8: (1, 2), 16: (1, 2, 2)}[stride]
+        shape = dict(patch=4, width=128, mult=mult, latent_dim=latent_dim or stride * stride // 4)
+    return TokenizerConfig(image_channels=image_channels, image_size=image_size, **shape)
+
+
+def to_unit(images):
+    """uint8 (B, c, S, S) -> float in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """float (B, c, S, S), about [-1, 1] -> uint8, rounded and clipped."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB between uint8 images a and b, each (B, c, S, S), over all of them at once."""
+    return 10 * math.log10(255 ** 2 / max((a.double() - b.double()).square().mean().item(), 1e-10))
+
+
+def step_generator(seed, step, device="cpu"):
+    """The random numbers of one step: a function of (seed, step) alone, so a resumed run draws what an unbroken one does."""
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+
+
+def epoch_indices(start, count, n, seed):
+    """`count` indices from position `start` of an endless stream of shuffled epochs over n images. LongTensor (count,)."""
+    parts = []
+    while count > 0:
+        epoch, offset = divmod(start, n)
+        order = torch.randperm(n, generator=step_generator(seed, epoch))[offset:offset + count]
+        parts.append(order)
+        start, count = start + len(order), count - len(order)
+    return torch.cat(parts)
+
+
+def autocast(device, dtype):
+    """bf16 arithmetic where it is safe (dtype "bf16"), or none ("fp32"). fp16 is not offered: it gives black images."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bf16")
+
+
+@torch.inference_mode()
+def reconstruct(tokenizer, images, dtype="fp32"):
+    """uint8 (B, c, S, S) through the tokenizer and back, by the latent's mean, as uint8."""
+    device = tokenizer.latent_scale.device
+    with autocast(device, dtype):
+        return to_uint8(tokenizer.decode(tokenizer.encode(to_unit(images.to(device)))[0])).cpu()
+
+
+@torch.inference_mode()
+def measure_latent_scale(tokenizer, data, seed=0, n=2048):
+    """1 / standard deviation of latents drawn for n training images: what makes x have unit variance (Rombach et al. 2022, G)."""
+    generator, square, mean = step_generator(seed, 1), [], []
+    for i in epoch_indices(0, min(n, len(data)), len(data), seed).split(128):
+        mu, logvar = tokenizer.encode(to_unit(data.batch(i).to(tokenizer.latent_scale.device)))
+        latent = mu + (0.5 * logvar).exp() * torch.randn(mu.shape, generator=generator).to(mu)
+        square.append(latent.double().square().mean().item() * len(i))
+        mean.append(latent.double().mean().item() * len(i))
+    n = min(n, len(data))
+    return 1 / math.sqrt(sum(square) / n - (sum(mean) / n) ** 2)
+
+
+def load_tokenizer(path):
+    """A tokenizer in eval mode from our tokenizer.pt or from the published kl16.ckpt. Raises InputError."""
+    content = load_checkpoint(path)
+    if content.get("kind") == "tokenizer":
+        if content["step"] < content["steps"]:
+            raise InputError(f"the training of {path} was interrupted at step {content['step']} of {content['steps']}: "
+                             "run the command that trained it again to finish it")
+        tokenizer = AutoencoderKL(TokenizerConfig(**content["config"]))
+        tokenizer.load_state_dict(content["model"])
+        tokenizer.latent_scale.fill_(content["latent_scale"])
+    else:
+        tokenizer = load_published(content, path)
+    return tokenizer.eval().requires_grad_(False)
+
+
+def load_published(content, path):
+    """The authors' KL-16 file: sizes are read from its tensors; the latent scale 0.2325 is the one they trained FAR with."""
+    weights = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or "encoder.conv_in.weight" not in weights:
+        raise InputError(f"{path} is neither a tokenizer of this program nor the published KL-16 file")
+    width = weights["encoder.conv_in.weight"].shape[0]
+    levels = len({name.split(".")[2] for name in weights if name.startswith("encoder.down.")})
+    tokenizer = AutoencoderKL(TokenizerConfig(
+        image_channels=weights["encoder.conv_in.weight"].shape[1], image_size=16 * 2 ** (levels - 1), patch=1, width=width,
+        mult=tuple(weights[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] // width for i in range(levels)),
+        n_res=len({name.split(".")[4] for name in weights if name.startswith("encoder.down.0.block.")}),
+        latent_dim=weights["post_quant_conv.weight"].shape[0], level_attention=f"encoder.down.{levels - 1}.attn.0.q.weight" in weights, shortcut=False))
+    load_exactly(tokenizer, weights, path)
+    tokenizer.latent_scale.fill_(0.2325)
+    return tokenizer
+
+
+def load_exactly(module, weights, path):
+    """load_state_dict that names what is missing, unexpected or of another shape, in one line."""
+    have = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in weights.items()}
+    wrong = [f"missing {n}" for n in have if n not in given] + [f"unexpected {n}" for n in given if n not in have] + \
+            [f"{n} is {given[n]}, not {have[n]}" for n in have if n in given and given[n] != have[n]]
+    if wrong:
+        raise InputError(f"{path} does not fit: {'; '.join(wrong[:8])}{f' and {len(wrong) - 8} more' if len(wrong) > 8 else ''}")
+    module.load_state_dict(weights)
+
+
+def is_trained(path):
+    """Whether there is a finished tokenizer of ours at `path`."""
+    return os.path.exists(path) and (content := load_checkpoint(path, "tokenizer"))["step"] == content["steps"]
+
+
+def save_tokenizer(path, tokenizer, **more):
+    """Write a finished tokenizer where `load_tokenizer` reads it, with `more` plain entries."""
+    content = dict(kind="tokenizer", config=asdict(tokenizer.cfg), step=0, steps=0, **more)
+    save_checkpoint(path, dict(content, model=tokenizer.state_dict(), latent_scale=tokenizer.latent_scale.item()))
+
+
+def train_tokenizer(data, cfg, path, steps=4000, batch=32, lr=4e-3, kl_weight=1e-2, seed=0, device="cpu", dtype="fp32",
+                    save_every=500):
+    """
+    Train a tokenizer on `data` and leave it at `path`, with its latent scale. An interrupted training continues from
+    its last save, bit for bit on a CPU. Prints the PSNR of held-out images at the end.
+    """
+    torch.manual_seed(seed)
+    tokenizer = AutoencoderKL(cfg).to(device)
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
+    identity = dict(config=asdict(cfg), data=dict(name=data.name, size=data.size, channels=data.channels, fingerprint=data.fingerprint),
+                    steps=steps, batch=batch, lr=lr, kl_weight=kl_weight, seed=seed)
+    start = 0
+    if os.path.exists(path):
+        before = load_checkpoint(path, "tokenizer")
+        if any(before[key] != value for key, value in identity.items()):
+            raise InputError(f"{path} belongs to another tokenizer training; choose another place or delete it")
+        tokenizer.load_state_dict(before["model"])
+        optimizer.load_state_dict(before["optimizer"])
+        start = before["step"]
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc="tokenizer", unit="step")
+    for step in bar:
+        rate = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        images = to_unit(data.batch(epoch_indices(step * batch, batch, len(data), seed)).to(device))
+        generator = step_generator(seed, step, device)
+        if data.flip:
+            mirror = torch.rand(len(images), 1, 1, 1, generator=generator, device=device) < 0.5
+            images = torch.where(mirror, images.flip(-1), images)
+        noise = torch.randn(len(images), cfg.latent_dim, cfg.latent_size, cfg.latent_size, generator=generator, device=device)
+        with autocast(device, dtype):
+            loss, error, kl = tokenizer.loss(images, noise, kl_weight)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
+        if not torch.isfinite(norm):
+            raise InputError(f"the tokenizer's loss is not finite at step {step}: try --dtype fp32, or a lower learning rate")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 20 == 0:
+            bar.set_postfix_str(f"L1 {error.item():.4f} KL {kl.item():.2f}", refresh=False)
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            done = step + 1 == steps
+            scale = measure_latent_scale(tokenizer.eval(), data, seed) if done else 1.0
+            tokenizer.latent_scale.fill_(scale)
+            save_checkpoint(path, dict(kind="tokenizer", **identity, model=tokenizer.state_dict(), step=step + 1,
+                                       optimizer=None if done else optimizer.state_dict(), latent_scale=scale))
+            tokenizer.train()
+    return tokenizer.eval().requires_grad_(False)
+
+
+def held_out_psnr(tokenizer, data, n=1000, dtype="fp32"):
+    """PSNR in dB of up to n images of `data` (a test split) through the tokenizer."""
+    parts = torch.arange(min(n, len(data))).split(100)
+    images = torch.cat([data.batch(i) for i in parts])
+    return psnr(images, torch.cat([reconstruct(tokenizer, part, dtype) for part in images.split(100)]))
+
+
+def fingerprint(tokenizer):
+    """12 characters that change when any weight of the tokenizer does."""
+    digest = hashlib.sha256()
+    for name, value in tokenizer.state_dict().items():
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+@torch.inference_mode()
+def cache_latents(tokenizer, data, folder, device="cpu", dtype="fp32", batch=128):
+    """
+    Encode the data set once: a float16 memory map (N, views, 2, C, H, H) of means and log-variances, `views` 2 where a
+    mirrored image is as good (then the mirrored one is the second), else 1. Its name carries the fingerprints of data
+    and tokenizer, so a changed one is noticed; an interrupted caching continues. Memory does not grow with N.
+    """
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f"latents_{data.name}_{data.size}_{data.fingerprint}_{fingerprint(tokenizer)}.npy")
+    if os.path.exists(path):
+        return np.load(path, mmap_mode="r")
+    views, size = 2 if data.flip else 1, tokenizer.cfg.latent_size
+    shape, partial, done_file = (len(data), views, 2, tokenizer.cfg.latent_dim, size, size), f"{path}.partial", f"{path}.done"
+    start = 0
+    if os.path.exists(partial) and os.path.exists(done_file):
+        with open(done_file) as file:
+            start = int(file.read())
+    latents = np.lib.format.open_memmap(partial, "r+" if start else "w+", np.float16, None if start else shape)
+    bar = tqdm(total=len(data), initial=start, desc="latents", unit="img")
+    for count, indices in enumerate(torch.arange(start, len(data)).split(batch)):
+        images = to_unit(data.batch(indices).to(device))
+        for view in range(views):
+            with autocast(device, dtype):
+                moments = torch.stack(tokenizer.encode(images.flip(-1) if view else images), dim=1)
+            if not torch.isfinite(moments).all():
+                raise InputError(f"the tokenizer gives non-finite latents for images {indices[0]} to {indices[-1]} of {data.name}")
+            latents[indices[0]:indices[-1] + 1, view] = moments.float().cpu().numpy()
+        bar.update(len(indices))
+        if count % 100 == 99:
+            latents.flush()
+            write_atomically(done_file, lambda file: file.write(str(int(indices[-1]) + 1).encode()))
+    bar.close()
+    latents.flush()
+    del latents
+    os.replace(partial, path)
+    if os.path.exists(done_file):
+        os.remove(done_file)
+    return np.load(path, mmap_mode="r")
