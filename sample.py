@@ -8,6 +8,7 @@ Draw images from a trained run: a grid, what every band adds, an animation, or a
 
 The same seed and arguments give the same bytes; image i depends on (seed, i) only, so `--n 8` are the first 8 of `--n 64`.
 """
+import argparse
 import math
 import os
 from types import SimpleNamespace
@@ -18,23 +19,34 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import InputError, OneLineParser, command_line, load_checkpoint, pick_device, write_atomically
-from far import FAR, FARConfig, check_bands
-from tokenizer import autocast, load_tokenizer, reconstruct, to_uint8
+from far import FAR, SAMPLERS, FARConfig, check_bands, sampling_defaults
+from published import load_published_far
+from tokenizer import autocast, load_exactly, load_tokenizer, reconstruct, to_uint8
 
 
 def load_run(path, device="cpu", ema=True, tokenizer=None):
     """
-    A trained run for sampling: `path` is its folder or its far.pt, the tokenizer lies beside it unless given. Returns
-    model and tokenizer in eval mode, data (dict: name, size, channels, class_names, ...) and step, as attributes.
+    A trained run for sampling: `path` is its folder or its far.pt, the tokenizer lies beside it unless given; or the
+    authors' checkpoint-last.pth, with their kl16.ckpt given. Returns model and tokenizer in eval mode, data (dict: name,
+    source, size, channels, class_names, data_dir), step, device and dtype, as attributes. Raises InputError.
     """
     path = os.path.join(path, "far.pt") if os.path.isdir(path) else path
-    checkpoint = load_checkpoint(path, "far")
-    model = FAR(FARConfig(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["ema" if ema else "model"])
-    tokenizer = load_tokenizer(tokenizer or os.path.join(os.path.dirname(path), "tokenizer.pt"))
+    checkpoint = load_checkpoint(path, allow=[argparse.Namespace])
+    if isinstance(checkpoint, dict) and checkpoint.get("kind") == "far":
+        model = FAR(FARConfig(**checkpoint["config"]))
+        load_exactly(model, checkpoint["ema" if ema else "model"], path)
+        data, step = checkpoint["data"], checkpoint["step"]
+    else:
+        model, step = load_published_far(path, ema), None
+        data = dict(name="imagenet", source=None, size=16 * model.cfg.latent_size, channels=3, data_dir="data",
+                    class_names=[str(i) for i in range(model.cfg.n_class)])
+    beside = os.path.join(os.path.dirname(path), "tokenizer.pt")
+    if not tokenizer and not os.path.exists(beside):
+        raise InputError(f"there is no tokenizer.pt beside {path}: give one with --tokenizer (the authors' is kl16.ckpt)")
+    tokenizer = load_tokenizer(tokenizer or beside)
     check_fits(model.cfg, tokenizer.cfg)
-    return SimpleNamespace(model=model.eval().to(device), tokenizer=tokenizer.eval().to(device), device=torch.device(device),
-                           data=checkpoint["data"], step=checkpoint["step"], dtype="fp32")
+    return SimpleNamespace(model=model.eval().to(device), tokenizer=tokenizer.to(device), device=torch.device(device),
+                           data=data, step=step, dtype="fp32")
 
 
 def check_fits(cfg, tokenizer_cfg):
@@ -79,16 +91,20 @@ def to_rgb(images):
     return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def save_grid(path, images, columns, scale=2):
-    """Write uint8 images (N, c, S, S) as one PNG, `columns` to a row, with a thin gap, enlarged `scale` times."""
+def grid(images, columns, scale=2):
+    """uint8 images (N, c, S, S), `columns` to a row with a thin gap, enlarged `scale` times -> (height, width, 3)."""
     rgb = to_rgb(images)
     n, size = len(rgb), rgb.shape[1]
-    rows = math.ceil(n / columns)
-    canvas = np.full((rows * (size + 1) - 1, columns * (size + 1) - 1, 3), 255, np.uint8)
+    canvas = np.full((math.ceil(n / columns) * (size + 1) - 1, columns * (size + 1) - 1, 3), 255, np.uint8)
     for i, image in enumerate(rgb):
         y, x = i // columns * (size + 1), i % columns * (size + 1)
         canvas[y:y + size, x:x + size] = image
-    picture = Image.fromarray(canvas).resize((canvas.shape[1] * scale, canvas.shape[0] * scale), Image.NEAREST)
+    return canvas.repeat(scale, 0).repeat(scale, 1)
+
+
+def save_grid(path, images, columns):
+    """Write `grid` as one PNG."""
+    picture = Image.fromarray(grid(images, columns))
     write_atomically(path, lambda file: picture.save(file, format="PNG"))
 
 
@@ -97,9 +113,9 @@ def columns_of(run, most=24):
     return list(range(min(len(run.data["class_names"]), most)))
 
 
-def save_samples(run, folder, rows=6, seed=0, **sampling):
+def save_samples(run, folder, rows=6, seed=0):
     """samples.png, one column per class, and bands.png, one sample per row and one band per column, coarse to fine."""
-    classes = columns_of(run)
+    classes, sampling = columns_of(run), sampling_defaults(run.model.cfg)
     labels = torch.tensor(classes * rows)
     save_grid(os.path.join(folder, "samples.png"), generate(run, labels, seed=seed, **sampling), len(classes))
     few = labels[:min(8, len(labels))]
@@ -115,3 +131,102 @@ def save_reconstructions(run, data, path, n=12):
     """Originals over their reconstructions by the tokenizer."""
     images = data.batch(range(min(n, len(data))))
     save_grid(path, torch.cat([images, reconstruct(run.tokenizer, images)]), len(images))
+
+
+def whole_numbers(text):
+    """"1,2,4" -> (1, 2, 4)."""
+    return tuple(int(number) for number in text.split(","))
+
+
+def sampling_settings(args, cfg):
+    """The keyword arguments of FAR.sample from the command line, the model's defaults where it is silent. Raises InputError."""
+    settings = sampling_defaults(cfg)
+    for name, value in (("bands", args.bands), ("sampler", args.sampler), ("steps", args.steps), ("cfg_scale", args.cfg)):
+        if value is not None:
+            settings[name] = value
+    settings["steps"] = (settings["steps"][0], settings["steps"][-1])                # one number is for all bands
+    if settings["sampler"] not in SAMPLERS:
+        raise InputError(f"--sampler {settings['sampler']} is not known; there are {', '.join(SAMPLERS)}")
+    if not 1 <= min(settings["steps"]) <= max(settings["steps"]) <= 1000:
+        raise InputError(f"--steps must be between 1 and 1000, not {','.join(map(str, settings['steps']))}")
+    if settings["cfg_scale"] != 1 and cfg.label_drop == 0:
+        raise InputError("--cfg needs an unconditional branch, and this model was trained without one (label_drop=0): use --cfg 1")
+    try:
+        check_bands(settings["bands"], cfg.latent_size)
+    except ValueError as error:
+        raise InputError(f"--bands: {error}")
+    return dict(settings, temperature=args.temperature)
+
+
+def save_gif(path, ladder, columns):
+    """An animation from the coarsest band to the image. ladder: for every band uint8 (N, c, S, S)."""
+    frames = [Image.fromarray(grid(images, columns)) for images in ladder]
+    frames += [frames[-1]] * 3
+    write_atomically(path, lambda file: frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:],
+                                                       duration=400, loop=0))
+
+
+def save_npz(path, images, labels):
+    """Images as the field's evaluators read them: arr_0 (N, H, W, 3) uint8, and the labels as arr_1."""
+    write_atomically(path, lambda file: np.savez(file, arr_0=to_rgb(images), arr_1=labels.numpy()))
+
+
+def get_args():
+    parser = OneLineParser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ckpt", required=True, help="folder of a run, its far.pt, or the authors' checkpoint-last.pth")
+    add("--tokenizer", help="tokenizer.pt or kl16.ckpt, if it does not lie beside the checkpoint")
+    # what to draw
+    add("--classes", type=whole_numbers, help="class numbers, e.g. 3,7; by default all, at most 24")
+    add("--n", type=int, help="how many images, the classes in turn; by default 4 of each class")
+    add("--seed", type=int, default=0, help="of the noise")
+    # how
+    add("--cfg", type=float, help="guidance: 1 is none")
+    add("--steps", type=whole_numbers, help="diffusion steps of every band, or of the lowest and the highest: 10 or 40,100")
+    add("--sampler", help="of the diffusion head: ddpm, ddim or dpmpp")
+    add("--temperature", type=float, default=1.0, help="scale of the noise: below 1 plainer, above 1 wilder")
+    add("--bands", type=whole_numbers, help="the ladder to climb, e.g. 1,2,4,8; by default the model's")
+    add("--masked", action="store_true", help="hide random tokens of every band from the encoder, for variety")
+    add("--no-ema", action="store_true", help="the raw weights instead of their average")
+    # where
+    add("--out", help="path of the pictures without ending; by default sample, in the run's folder")
+    add("--gif", action="store_true", help="also an animation from blur to image")
+    add("--npz", action="store_true", help="also an npz with arr_0, (N, H, W, 3) uint8")
+    add("--batch", type=int, default=64, help="images at once")
+    add("--device", help="cuda, mps or cpu; by default the best there is")
+    add("--dtype", choices=("bf16", "fp32"), default="fp32", help="arithmetic of the networks")
+    return parser.parse_args()
+
+
+def main():
+    args = get_args()
+    run = load_run(args.ckpt, pick_device(args.device), not args.no_ema, args.tokenizer)
+    run.dtype = args.dtype
+    settings = sampling_settings(args, run.model.cfg)
+    classes = args.classes or columns_of(run)
+    n = args.n if args.n is not None else 4 * len(classes)
+    if n < 1 or args.batch < 1:
+        raise InputError("--n and --batch must be at least 1")
+    if not all(0 <= c < run.model.cfg.n_class for c in classes):
+        raise InputError(f"--classes: the model has classes 0 to {run.model.cfg.n_class - 1}")
+    labels = torch.tensor([classes[i % len(classes)] for i in range(n)])
+    out = args.out or os.path.join(args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt), "sample")
+    print(f"{n} images: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+    with tqdm(total=math.ceil(n / args.batch) * len(settings["bands"]), desc="sampling", unit="band") as bar:
+        ladder = generate(run, labels, seed=args.seed, batch=args.batch, every_band=True, bar=bar, masked=args.masked, **settings)
+    shown = min(n, 16 * len(classes))
+    save_grid(f"{out}.png", ladder[-1][:shown], min(len(classes), shown))
+    save_bands(f"{out}_bands.png", [images[:8] for images in ladder])
+    written = [f"{out}.png", f"{out}_bands.png"]
+    if args.gif:
+        save_gif(f"{out}.gif", [images[:shown] for images in ladder], min(len(classes), shown))
+        written.append(f"{out}.gif")
+    if args.npz:
+        save_npz(f"{out}.npz", ladder[-1], labels)
+        written.append(f"{out}.npz")
+    names = run.data["class_names"]
+    print(f"columns: {', '.join(f'{c} {names[c]}' for c in classes[:24])}\nwritten: {', '.join(written)}")
+
+
+if __name__ == "__main__":
+    command_line(main)
