@@ -44,6 +44,8 @@ def load_run(path, device="cpu", ema=True, tokenizer=None):
     if not tokenizer and not os.path.exists(beside):
         raise InputError(f"there is no tokenizer.pt beside {path}: give one with --tokenizer (the authors' is kl16.ckpt)")
     tokenizer = load_tokenizer(tokenizer or beside)
+    if step is None:                                     # the published network is convolutional: it takes any size
+        tokenizer.cfg.image_size = model.cfg.latent_size * tokenizer.cfg.stride
     check_fits(model.cfg, tokenizer.cfg)
     return SimpleNamespace(model=model.eval().to(device), tokenizer=tokenizer.to(device), device=torch.device(device),
                            data=data, step=step, dtype="fp32")

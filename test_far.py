@@ -382,3 +382,423 @@ def test_the_presets_have_the_parameters_of_the_paper():
 def test_a_wrong_configuration_says_what_is_wrong(changes, word):
     with pytest.raises(ValueError, match=word):
         FARConfig(**{**SMALL, **changes})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Agreement with the authors' network
+
+@pytest.fixture(scope="module")
+def golden():
+    numbers = {k: torch.from_numpy(v) for k, v in np.load(os.path.join(GOLDEN, "far_tiny.npz")).items()}
+    return numbers, load_published_far(os.path.join(GOLDEN, "far_tiny.pth"), n_head=4).requires_grad_(False)
+
+
+def agree(ours, theirs, tolerance=1e-4):
+    """Largest difference relative to 1 + |value|."""
+    assert ((ours.double() - theirs.double()).abs() / (1 + theirs.double().abs())).max() < tolerance
+
+
+@needs_golden
+def test_lowpass_and_transformer_agree_with_the_authors(golden):
+    d, model = golden
+    for k in (1, 2, 5, 8, 11, 15):
+        agree(lowpass(d["latent"], k), d[f"lowpass_{k}"])
+    condition, nothing = model.condition(d["label"]), model.condition(d["label"], drop=torch.ones(3, dtype=torch.bool))
+    for k in (0, 3, 9):
+        agree(model.transformer([lowpass(d["latent"], k)], [(k, k + 1)], condition), d[f"z_{k}"])
+    nine = [lowpass(d["latent"], 9)], [(9, 10)]
+    agree(model.transformer(*nine, nothing), d["z_9_uncond"])
+    agree(model.transformer(*nine, condition, d["mask"]), d["z_9_masked"])
+
+
+@needs_golden
+def test_diffusion_head_agrees_with_the_authors(golden):
+    d, model = golden
+    head = model.head
+    agree(head.abar, d["alphas_cumprod"])
+    condition = head.condition(d["head_c"], d["head_level"])
+    prediction, v = head(d["head_xt"], head.time(d["head_t"]), condition)
+    agree(torch.cat([prediction, v], dim=1), d["head_out"])
+    mse, bits = head.loss(d["loss_x0"], condition, d["head_t"], d["loss_noise"])
+    agree(mse, d["loss_mse"]), agree(bits, d["loss_vb"]), agree(mse + bits, d["loss_total"])
+    times = sampling_times(1000, 100, "ddpm")
+    chain = head.chain(times)
+    assert torch.equal(times, d["respaced_timesteps_100"])
+    agree(chain.tables["alpha"] ** 2, d["respaced_alphas_cumprod_100"])
+    for s in (0, 1, 50, 99):
+        prediction, v = head(d["head_xt"], head.time(times[s:s + 1]), condition)
+        x0 = head.to_x0(prediction, d["head_xt"], *chain.at(s, "alpha", "sigma"))
+        agree(x0, d[f"p_x0_{s}"]), agree(chain.log_variance(v, s), d[f"p_logvar_{s}"])
+        agree(chain.posterior_mean(x0, d["head_xt"], s), d[f"p_mean_{s}"])
+
+
+@needs_golden
+def test_guidance_and_a_whole_chain_agree_with_the_authors(golden):
+    d, model = golden
+    head = model.head
+    z = torch.cat([d["head_c"], d["z_9_uncond"][0, :40]])                # conditional tokens, then unconditional ones
+    condition = head.condition(z, d["head_level"].repeat(2, 1))
+    prediction, v = head.predict_guided(d["head_xt"], head.time(d["head_t"].repeat(2)), condition, 2.5)
+    agree(torch.cat([prediction, v], dim=1), d["cfg_out"])
+    x = head.sample(condition, d["head_xt"][:, None].expand(-1, 100, -1), 100, "ddpm", guidance=2.5, temperature=0.0)
+    # random weights blow the chain up to 1e5, so single small numbers carry the rounding of large ones: compare rows
+    assert ((x - d["chain_temp0"]).norm(dim=1) / d["chain_temp0"].norm(dim=1)).max() < 1e-4
+
+
+@needs_golden
+def test_the_tokenizer_agrees_with_the_authors():
+    d = {k: torch.from_numpy(v) for k, v in np.load(os.path.join(GOLDEN, "kl16_tiny.npz")).items()}
+    tokenizer = load_tokenizer(os.path.join(GOLDEN, "kl16_tiny.ckpt"))
+    with torch.inference_mode():
+        mean, logvar = tokenizer.encode(d["image"])
+        agree(mean, d["mean"]), agree(logvar, d["logvar"]), agree(tokenizer.decode(d["mean"]), d["decoded"])
+    assert math.isclose(tokenizer.latent_scale.item(), 0.2325, rel_tol=1e-6) and tokenizer.cfg.stride == 16
+
+
+def published(tmp_path, **changes):
+    """A file in the authors' format, made from a model of ours: path and model."""
+    model = small("paper", size=4, n_class=5, latent_dim=16, **changes)
+    theirs = {our_name(name): name for name in published_names(model.cfg)}
+    weights = {theirs[name]: value for name, value in model.state_dict().items() if name != "band_std"}
+    raw = {name: value + 1 for name, value in weights.items()}
+    content = dict(model=raw, model_ema=weights, optimizer=dict(state={}), epoch=3, scaler={}, args=argparse.Namespace(model="far_tiny"))
+    torch.save(content, tmp_path / "checkpoint-last.pth")
+    return str(tmp_path / "checkpoint-last.pth"), model, content
+
+
+def published_names(cfg):
+    """The names in the authors' files, spelled out independently of published.py."""
+    names = ["class_emb.weight", "fake_latent", "mask_token", "encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned"]
+    both = lambda stem: [f"{stem}.weight", f"{stem}.bias"]
+    for stem in ("z_proj", "z_proj_ln", "encoder_norm", "decoder_embed", "decoder_norm"):
+        names += both(stem)
+    for stack in ("encoder_blocks", "decoder_blocks"):
+        for i in range(cfg.depth):
+            for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
+                names += both(f"{stack}.{i}.{part}")
+    net = "diffloss.net"
+    for stem in ("time_embed.mlp.0", "time_embed.mlp.2", "cond_embed", "index_cond_embed", "input_proj", "final_layer.linear", "final_layer.adaLN_modulation.1"):
+        names += both(f"{net}.{stem}")
+    for i in range(cfg.head_depth):
+        for part in ("in_ln", "mlp.0", "mlp.2", "adaLN_modulation.1"):
+            names += both(f"{net}.res_blocks.{i}.{part}")
+    return names
+
+
+def test_the_authors_file_format_loads_whole(tmp_path):
+    path, model, _ = published(tmp_path, n_head=4)
+    loaded = load_published_far(path, n_head=4)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+    raw = load_published_far(path, ema=False, n_head=4)
+    assert torch.equal(raw.null_cond, model.null_cond + 1)
+
+
+def test_missing_and_unexpected_names_in_the_authors_file_are_refused(tmp_path):
+    path, _, content = published(tmp_path)
+    content["model_ema"]["surprise"] = torch.zeros(1)
+    del content["model_ema"]["z_proj_ln.bias"]
+    torch.save(content, path)
+    with pytest.raises(InputError, match="missing norm_in.bias.*unexpected surprise"):
+        load_published_far(path, n_head=4)
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/far_was_here",)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+def test_a_damaged_truncated_foreign_or_dangerous_file_is_refused(tmp_path):
+    good, bad = str(tmp_path / "good.pt"), str(tmp_path / "bad.pt")
+    save_checkpoint(good, dict(kind="far", weights=torch.arange(1000.0)))
+    assert load_checkpoint(good, "far")["weights"][7] == 7
+    content = open(good, "rb").read()
+    middle = content.index(torch.arange(1000.0).numpy().tobytes()[400:440])
+    cases = {"truncated": content[:len(content) // 2], "empty": b"", "garbage": os.urandom(500), "text": b"hello\n",
+             "bit flip": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:],
+             "code": pickle.dumps(Code())}
+    for name, data in cases.items():
+        open(bad, "wb").write(data)
+        with pytest.raises(InputError):
+            load_checkpoint(bad, "far")
+    torch.save(dict(kind="far", x=Code()), bad)
+    with pytest.raises(InputError, match="carries code"):
+        load_checkpoint(bad, "far")
+    torch.save(dict(kind="tokenizer"), bad)
+    with pytest.raises(InputError, match="not a far checkpoint"):
+        load_checkpoint(bad, "far")
+    assert not os.path.exists("/tmp/far_was_here")
+
+
+def test_a_failing_write_leaves_the_old_file_whole(tmp_path):
+    path = str(tmp_path / "far.pt")
+    save_checkpoint(path, dict(kind="far", step=1))
+
+    def full_disk(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match="No space left"):
+        write_atomically(path, full_disk)
+    assert load_checkpoint(path)["step"] == 1 and os.listdir(tmp_path) == ["far.pt"]
+    save_checkpoint(path, dict(kind="far", step=2))
+    assert load_checkpoint(path)["step"] == 2 and load_checkpoint(previous(path))["step"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The programs
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run a script's main() as from the command line, in this process: (exit code, stdout, last line of stderr)."""
+    import importlib
+    import signal
+
+    from common import command_line
+
+    def run(script, *args):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
+        handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        try:
+            code = command_line(importlib.import_module(script).main) or 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            signal.signal(signal.SIGINT, handlers[0]), signal.signal(signal.SIGTERM, handlers[1])
+        out, err = capsys.readouterr()
+        return code, out, err.strip().split("\n")[-1]
+    return run
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    """A folder with pictures of two classes and the arguments that train the smallest model on them for a few steps."""
+    from PIL import Image
+    root = tmp_path_factory.mktemp("mini")
+    rng = np.random.default_rng(0)
+    for c, name in enumerate(("red", "blue")):
+        (root / "pictures" / name).mkdir(parents=True)
+        for i in range(12):
+            picture = np.zeros((20, 20, 3), np.uint8)
+            picture[..., 2 * c] = rng.integers(100, 255)
+            Image.fromarray(picture).save(root / "pictures" / name / f"{i}.png")
+    arguments = ["--data", str(root / "pictures"), "--size", 16, "--stride", 4, "--data-dir", str(root / "data"), "--model", "far_nano",
+                 "--batch", 8, "--dtype", "fp32", "--device", "cpu", "--tokenizer-steps", 3]
+    return root, arguments
+
+
+@pytest.fixture(scope="module")
+def mini_run(mini):
+    """The folder of a finished run, made by train.py as a subprocess."""
+    root, arguments = mini
+    out = str(root / "run")
+    done = subprocess.run([sys.executable, os.path.join(HERE, "train.py"), *map(str, arguments), "--steps", "6", "--out", out],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"python sample.py --ckpt {out}" in done.stdout
+    return out
+
+
+def test_training_leaves_everything_a_user_needs(mini_run):
+    files = set(os.listdir(mini_run))
+    assert {"far.pt", "tokenizer.pt", "metrics.jsonl", "samples.png", "bands.png", "reconstructions.png"} <= files
+    lines = [json.loads(line) for line in open(os.path.join(mini_run, "metrics.jsonl"))]
+    assert lines[-1]["step"] == 6 and len(lines[-1]["bands"]) == 3
+    from PIL import Image
+    assert Image.open(os.path.join(mini_run, "samples.png")).size == ((2 * 17 - 1) * 2, (6 * 17 - 1) * 2)
+
+
+def test_a_run_is_sampled_by_a_subprocess_with_the_same_bytes_for_the_same_seed(mini_run, tmp_path):
+    def draw(name, *more):
+        command = [sys.executable, os.path.join(HERE, "sample.py"), "--ckpt", mini_run, "--out", str(tmp_path / name), "--steps", "2", *more]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        return {end: (tmp_path / (name + end)).read_bytes() for end in (".png", "_bands.png", ".gif", ".npz") if (tmp_path / (name + end)).exists()}
+
+    first = draw("a", "--n", "6", "--npz", "--gif")
+    assert first == draw("b", "--n", "6", "--npz", "--gif") and len(first) == 4
+    images = np.load(tmp_path / "a.npz")
+    assert images["arr_0"].shape == (6, 16, 16, 3) and images["arr_0"].dtype == np.uint8 and images["arr_1"].tolist() == [0, 1] * 3
+    draw("c", "--n", "3", "--npz", "--batch", "2")
+    few = np.load(tmp_path / "c.npz")["arr_0"]
+    assert np.abs(few.astype(int) - images["arr_0"][:3]).max() <= 1, "--n 3 are not the first 3 of --n 6"
+    assert draw("d", "--n", "6", "--seed", "1")[".png"] != first[".png"]
+
+
+def weights_of(out):
+    content = load_checkpoint(os.path.join(out, "far.pt"))
+    return content["step"], {**content["model"], **{f"ema {k}": v for k, v in content["ema"].items()}}
+
+
+def test_stopping_and_starting_again_is_the_unbroken_run_bit_for_bit(mini, mini_run, cli, monkeypatch):
+    import train
+    root, arguments = mini
+    out = str(root / "broken")
+    arguments = [*arguments, "--steps", 6, "--out", out, "--save-every", 2]
+    steps = []
+
+    def learning_rate_then_crash(step, recipe, original=train.learning_rate):
+        steps.append(step)
+        if len(steps) == 4:
+            raise KeyboardInterrupt                                      # after step 3, one step after the last save
+        return original(step, recipe)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", learning_rate_then_crash)
+        assert cli("train", *arguments)[0] == 130
+    assert weights_of(out)[0] == 2
+    code, said, _ = cli("train", *arguments)
+    assert code == 0 and "continuing from step 2" in said
+    (step, ours), (_, unbroken) = weights_of(out), weights_of(mini_run)
+    assert step == 6 and all(torch.equal(ours[name], unbroken[name]) for name in unbroken)
+    assert [json.loads(line)["step"] for line in open(os.path.join(out, "metrics.jsonl"))] == [6]
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(mini, cli):
+    root, arguments = mini
+    out = str(root / "damaged")
+    arguments = [*arguments, "--steps", 4, "--out", out, "--save-every", 2]
+    assert cli("train", *arguments)[0] == 0
+    path = os.path.join(out, "far.pt")
+    with open(path, "r+b") as file:
+        file.truncate(os.path.getsize(path) // 2)
+    code, said, _ = cli("train", *arguments)
+    assert code == 0 and "falling back" in said and "continuing from step 2" in said
+    assert weights_of(out)[0] == 4
+
+
+def test_a_tokenizer_continues_where_it_was_interrupted(mini, tmp_path, monkeypatch):
+    import tokenizer
+    from data import load_data
+    data = load_data(str(mini[0] / "pictures"), 16, str(mini[0] / "data"))
+    cfg = tokenizer.default_config(16, 3, 4)
+    paths = [str(tmp_path / name) for name in ("unbroken.pt", "broken.pt")]
+    train = lambda path: tokenizer.train_tokenizer(data, cfg, path, steps=6, batch=4, save_every=2)
+    train(paths[0])
+    calls = []
+
+    def stop_later(*args, original=tokenizer.step_generator):
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(tokenizer, "step_generator", stop_later)
+    with pytest.raises(KeyboardInterrupt):
+        train(paths[1])
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="interrupted at step"):
+        load_tokenizer(paths[1])
+    train(paths[1])
+    one, two = (load_tokenizer(path).state_dict() for path in paths)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_latents_are_cached_once_and_continue_where_they_were_interrupted(mini, tmp_path, monkeypatch):
+    import tokenizer
+    from data import load_data
+    data = load_data(str(mini[0] / "pictures"), 16, str(mini[0] / "data"))
+    torch.manual_seed(0)
+    network = AutoencoderKL(tokenizer.default_config(16, 3, 4)).eval()
+    whole = tokenizer.cache_latents(network, data, str(tmp_path / "a"), batch=4)
+    assert whole.shape == (len(data), 2, 2, 8, 4, 4) and whole.dtype == np.float16
+    original, calls = data.batch, []
+
+    def stop_later(indices):
+        calls.append(len(indices))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(indices)
+
+    data.batch = stop_later
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.cache_latents(network, data, str(tmp_path / "b"), batch=4, flush_every=1)
+    data.batch = lambda indices: calls.append(len(indices)) or original(indices)
+    calls.clear()
+    again = tokenizer.cache_latents(network, data, str(tmp_path / "b"), batch=4, flush_every=1)
+    assert sum(calls) == len(data) - 8 and (again == whole).all()
+    calls.clear()
+    tokenizer.cache_latents(network, data, str(tmp_path / "b"))
+    assert not calls
+    torch.nn.init.normal_(network.quant_conv.bias)
+    tokenizer.cache_latents(network, data, str(tmp_path / "b"))
+    assert sum(calls) == len(data), "a changed tokenizer was not noticed"
+
+
+BAD_TRAIN = {
+    "unknown model": (["--model", "far_q"], "far_nano"), "unknown layout": (["--layout", "x"], "paper, band"),
+    "unknown data": (["--data", "cifar11"], "cifar10"), "unknown flag": (["--nope"], "--nope"),
+    "unknown field": (["--set", "wdth=3"], "width"), "bad value": (["--set", "width=abc"], "not a valid int"),
+    "size and stride": (["--size", "18"], "multiple of"), "stride": (["--stride", "5"], "4, 8 or 16"),
+    "bands": (["--set", "bands=1,2,3"], "end at"), "batch": (["--batch", "0"], "positive"),
+    "no tokenizer file": (["--tokenizer", "nothing.pt"], "no file"), "device": (["--device", "cuda:7"], "--device cuda:7"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_TRAIN)
+def test_bad_input_to_train_is_one_line_and_exit_code_2(what, mini, cli, tmp_path):
+    if what == "device" and torch.cuda.device_count() > 7:
+        pytest.skip("there are that many GPUs")
+    extra, word = BAD_TRAIN[what]
+    code, _, line = cli("train", *mini[1], "--out", tmp_path / "run", *extra)
+    assert code == 2 and line.startswith("error: ") and word in line
+
+
+def test_train_refuses_folders_that_are_not_its_own(mini, mini_run, cli):
+    root, arguments = mini
+    code, _, line = cli("train", *arguments, "--steps", 6, "--out", mini_run, "--lr", 0.5)
+    assert code == 2 and "other settings" in line and "lr" in line
+    import train
+    lock = train.lock_folder(mini_run)
+    code, _, line = cli("train", *arguments, "--steps", 6, "--out", mini_run)
+    assert code == 2 and "another training" in line
+    lock.close()
+    grey = str(root / "grey.pt")
+    from tokenizer import save_tokenizer
+    save_tokenizer(grey, AutoencoderKL(TokenizerConfig(image_channels=1, image_size=16, patch=4, mult=(1,))))
+    code, _, line = cli("train", *arguments, "--tokenizer", grey, "--out", root / "other")
+    assert code == 2 and "1-channel" in line
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(mini, cli, tmp_path, monkeypatch):
+    import train
+    monkeypatch.setattr(train, "draw_latents", lambda *args, original=train.draw_latents: original(*args) * float("nan"))
+    code, _, line = cli("train", *mini[1], "--steps", 6, "--out", tmp_path)
+    assert code == 2 and "not finite at step 0" in line and "--dtype fp32" in line
+
+
+BAD_SAMPLE = {
+    "classes": (["--classes", "0,2"], "classes 0 to 1"), "bands": (["--bands", "1,2"], "--bands"), "sampler": (["--sampler", "euler"], "dpmpp"),
+    "steps": (["--steps", "0"], "--steps"), "number": (["--classes", "a"], "--classes"), "n": (["--n", "0"], "--n"),
+    "nothing there": (["--ckpt", "nowhere"], "no file"), "tokenizer": (["--tokenizer", "nowhere.pt"], "no file"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_SAMPLE)
+def test_bad_input_to_sample_is_one_line_and_exit_code_2(what, mini_run, cli):
+    extra, word = BAD_SAMPLE[what]
+    code, _, line = cli("sample", "--ckpt", mini_run, *extra)
+    assert code == 2 and line.startswith("error: ") and word in line
+
+
+def test_guidance_is_refused_without_an_unconditional_branch(mini, cli, tmp_path):
+    out = tmp_path / "run"
+    assert cli("train", *mini[1], "--steps", 1, "--set", "label_drop=0", "--out", out)[0] == 0
+    code, _, line = cli("sample", "--ckpt", out, "--cfg", 2)
+    assert code == 2 and "unconditional" in line
+
+
+def test_the_authors_checkpoint_is_sampled_from_the_command_line(tmp_path, cli, monkeypatch):
+    import published as theirs
+    monkeypatch.setitem(theirs.HEADS, 32, 4)
+    path, model, _ = published(tmp_path)
+    tokenizer = AutoencoderKL(TokenizerConfig(image_size=64, patch=1, width=32, mult=(1, 1, 1, 1, 1), n_res=1, latent_dim=16,
+                                              level_attention=True, shortcut=False))
+    torch.save(dict(model=tokenizer.state_dict()), tmp_path / "kl16.ckpt")
+    code, said, line = cli("sample", "--ckpt", path, "--classes", "1,4", "--n", 2, "--cfg", 3, "--steps", 2, "--out", tmp_path / "s")
+    assert code == 2 and "kl16.ckpt" in line
+    code, said, line = cli("sample", "--ckpt", path, "--tokenizer", tmp_path / "kl16.ckpt", "--classes", "1,4", "--n", 2, "--cfg", 3, "--out", tmp_path / "s")
+    assert code == 0, line
+    assert "ddpm" in said and os.path.exists(tmp_path / "s.png")

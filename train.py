@@ -29,8 +29,9 @@ from common import InputError, OneLineParser, command_line, load_checkpoint, pic
 from data import load_data
 from far import FAR, LAYOUTS, PRESETS, FARConfig, Randomness, default_bands
 from sample import save_reconstructions, save_samples
+from tokenizer import STEPS as TOKENIZER_STEPS
 from tokenizer import (autocast, cache_latents, default_config, epoch_indices, held_out_psnr, is_trained, load_tokenizer,
-                       save_tokenizer, train_tokenizer)
+                       save_tokenizer, tokenizer_path, train_tokenizer)
 
 
 def get_args():
@@ -44,6 +45,7 @@ def get_args():
     # the tokenizer
     add("--tokenizer", help="a tokenizer.pt, or the published kl16.ckpt; by default one is trained, once per data and size")
     add("--stride", type=int, help="pixels per token side: 4, 8 or 16; by default it follows the size")
+    add("--tokenizer-steps", type=int, help=f"optimizer steps of a new tokenizer ({TOKENIZER_STEPS}, fewer if --steps is below a tenth)")
     # the model
     add("--model", default="far_tiny", help=f"size: {', '.join(PRESETS)}")
     add("--layout", default="band", help="band (ours) or paper (the released method)")
@@ -95,12 +97,12 @@ def model_config(args, data, tokenizer_cfg):
         raise InputError(str(error))
 
 
-def get_tokenizer(args, data, cfg, device, rank):
+def get_tokenizer(args, data, cfg, steps, device, rank):
     """The tokenizer for this data and size, trained now (by rank 0, the others wait) if there is none yet."""
-    path = os.path.join(args.data_dir, f"tokenizer_{data.name}_{data.size}_{data.fingerprint}_s{cfg.stride}c{cfg.latent_dim}.pt")
+    path = tokenizer_path(args.data_dir, data, cfg, steps)
     if rank == 0 and not is_trained(path):
         os.makedirs(args.data_dir, exist_ok=True)
-        tokenizer = train_tokenizer(data, cfg, path, seed=args.seed, device=device, dtype=args.dtype)
+        tokenizer = train_tokenizer(data, cfg, path, steps, seed=args.seed, device=device, dtype=args.dtype)
         held_out = load_data(args.data, args.size, args.data_dir, "test", skip_bad=args.skip_bad)
         print(f"tokenizer: {held_out_psnr(tokenizer, held_out, dtype=args.dtype):.1f} dB PSNR on held-out images ({path})")
     if dist.is_initialized():
@@ -250,6 +252,8 @@ def main():
     tokenizer_cfg = fit_tokenizer(tokenizer.cfg, data, args.tokenizer) if tokenizer else default_config(data.size, data.channels, args.stride)
     cfg = model_config(args, data, tokenizer_cfg)
     recipe = make_recipe(args, len(data), world)
+    # a quick check of a model, --steps 2, gets a quick tokenizer; its file name carries its steps
+    tokenizer_steps = args.tokenizer_steps or min(TOKENIZER_STEPS, 10 * recipe["steps"])
     out = args.out or os.path.join("runs", f"{data.name}_{args.model}" + ("_paper" if args.layout == "paper" else ""))
     os.makedirs(out, exist_ok=True)
     lock = lock_folder(out) if rank == 0 else None                       # held until the process ends
@@ -270,7 +274,7 @@ def main():
         say(f"a timed step says: about {duration(seconds)} for the training of the model on this CPU"
             + ("; far_nano and far_tiny are meant for CPUs" if seconds > 7200 else ""))
 
-    tokenizer = tokenizer or get_tokenizer(args, data, tokenizer_cfg, device, rank)
+    tokenizer = tokenizer or get_tokenizer(args, data, tokenizer_cfg, tokenizer_steps, device, rank)
     tokenizer = tokenizer.to(device)
     if rank == 0:
         save_tokenizer(os.path.join(out, "tokenizer.pt"), tokenizer)
@@ -309,8 +313,9 @@ def main():
     bar = tqdm(range(start, recipe["steps"]), initial=start, total=recipe["steps"], desc="FAR", unit="step", disable=rank > 0)
     losses, bands, waited, interval = [], [], 0.0, time.time()
     for step in bar:
+        lr = learning_rate(step, recipe)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
+            group["lr"] = lr
         if cfg.dropout:
             torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
         for micro in range(args.accum):
@@ -339,7 +344,7 @@ def main():
             seconds = time.time() - interval
             values = dict(step=done, loss=torch.stack(losses).mean().item(),
                           bands=[round(v, 4) for v in torch.stack(bands).nanmean(0).tolist()],
-                          lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
+                          lr=lr, grad_norm=norm.item(),
                           images_per_s=len(losses) * recipe["batch"] * world / seconds, waiting=waited / seconds)
             metrics.write(**values)
             bar.set_postfix_str(f"loss {values['loss']:.3f}, bands {' '.join(f'{v:.2f}' for v in values['bands'])}, "
