@@ -11,6 +11,10 @@ The same seed and arguments give the same bytes; image i depends on (seed, i) on
 import argparse
 import math
 import os
+import sys
+import time
+from dataclasses import asdict
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,9 +23,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import InputError, OneLineParser, command_line, load_checkpoint, pick_device, write_atomically
-from far import FAR, SAMPLERS, FARConfig, check_bands, sampling_defaults
+from far import (FAR, LAYOUTS, PRESETS, SAMPLERS, FARConfig, check_bands, default_bands, guidance_weights, linear_steps,
+                 sampling_defaults)
 from published import load_published_far
-from tokenizer import autocast, load_exactly, load_tokenizer, reconstruct, to_uint8
+from tokenizer import autocast, faster_dtype, load_exactly, load_tokenizer, reconstruct, to_uint8
 
 
 def load_run(path, device="cpu", ema=True, tokenizer=None):
@@ -48,7 +53,7 @@ def load_run(path, device="cpu", ema=True, tokenizer=None):
         tokenizer.cfg.image_size = model.cfg.latent_size * tokenizer.cfg.stride
     check_fits(model.cfg, tokenizer.cfg)
     return SimpleNamespace(model=model.eval().to(device), tokenizer=tokenizer.to(device), device=torch.device(device),
-                           data=data, step=step, dtype="fp32")
+                           data=data, step=step, dtype=checkpoint.get("dtype", "fp32"))
 
 
 def check_fits(cfg, tokenizer_cfg):
@@ -173,10 +178,71 @@ def save_npz(path, images, labels):
     write_atomically(path, lambda file: np.savez(file, arr_0=to_rgb(images), arr_1=labels.numpy()))
 
 
+def count_work(cfg, bands, steps, cfg_scale):
+    """Calls of the head (tokens x steps x branches) and tokens through the transformer, per image, of one way of sampling."""
+    L = len(bands)
+    n_tokens = [k * k if cfg.grid == "band" else cfg.latent_size ** 2 for k in bands]
+    weights = guidance_weights(cfg.guidance, cfg_scale, L)
+    calls = sum(n * s * (1 + (w != 1)) for n, s, w in zip(n_tokens, linear_steps(*steps, L), weights))
+    tokens = sum(n_tokens) + cfg.n_cond * (1 if cfg.context == "all" else L)
+    return calls, tokens * (1 + any(w != 1 for w in weights))
+
+
+def time_sampling(job):
+    """One row of the benchmark, in a process of its own so that its peak memory is its own. job: dict -> (seconds, MiB)."""
+    device = pick_device(job["device"])
+    torch.manual_seed(0)
+    model = load_run(job["ckpt"], device).model if job["ckpt"] else FAR(FARConfig(**job["config"])).eval().to(device)
+    labels = (torch.arange(job["n"]) % model.cfg.n_class).to(device)
+    start = 0.0
+    for warm_up in (True, False):
+        settings = {**job["settings"], **(dict(steps=(1, 1)) if warm_up else {})}
+        start = time.time()
+        with autocast(device, job["dtype"]):
+            model.sample(labels, **settings)[-1].sum().item()
+    seconds = time.time() - start
+    if device.type == "cuda":
+        return seconds, torch.cuda.max_memory_allocated() / 2 ** 20
+    try:
+        import resource                                                  # not on Windows
+    except ImportError:
+        return seconds, float("nan")
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+def benchmark(args):
+    """Time the released procedure and ours, without decoding to pixels: a table in Markdown."""
+    device, n = pick_device(args.device), args.n or 1
+    if args.ckpt:
+        cfg = load_run(args.ckpt, device).model.cfg
+        layouts = {"paper" if cfg.grid == "full" else "band": asdict(cfg)}
+    elif args.benchmark in PRESETS:
+        base = dict(latent_size=16, latent_dim=16, n_class=1000)
+        layouts = {name: asdict(FARConfig(**base, **PRESETS[args.benchmark], **LAYOUTS[name], bands=default_bands(16, name))) for name in LAYOUTS}
+    else:
+        raise InputError(f"--benchmark {args.benchmark} is not known; there are {', '.join(PRESETS)}")
+    print(f"{args.ckpt or args.benchmark}, {n} images at once, {device}, {torch.get_num_threads()} threads, guidance 3, without decoding\n\n"
+          "| layout | sampler | steps | bands | arithmetic | head calls / image | transformer tokens / image | images/s | times the first | peak MiB |\n"
+          "|---|---|---|---|---|---|---|---|---|---|")
+    first, fast = None, args.dtype or faster_dtype(device)
+    for layout, config in layouts.items():
+        model_cfg = FARConfig(**config)
+        rows = [("ddpm", 100, "fp32"), ("ddpm", 100, fast), ("dpmpp", 20, fast), ("dpmpp", 10, fast), ("dpmpp", 6, fast)]
+        for sampler, steps, dtype in dict.fromkeys(rows):
+            settings = dict(sampling_defaults(model_cfg), sampler=sampler, steps=(steps, steps), cfg_scale=3.0)
+            job = dict(ckpt=args.ckpt, config=config, settings=settings, n=n, device=args.device, dtype=dtype)
+            with get_context("spawn").Pool(1) as pool:
+                seconds, memory = pool.apply(time_sampling, (job,))
+            first = first or seconds
+            calls, tokens = count_work(model_cfg, settings["bands"], settings["steps"], settings["cfg_scale"])
+            print(f"| {layout} | {sampler} | {steps} | {','.join(map(str, settings['bands']))} | {dtype} | {calls:,} | {tokens:,} | {n / seconds:.3g} "
+                  f"| {first / seconds:.1f} | {memory:.0f} |", flush=True)
+
+
 def get_args():
     parser = OneLineParser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", required=True, help="folder of a run, its far.pt, or the authors' checkpoint-last.pth")
+    add("--ckpt", help="folder of a run, its far.pt, or the authors' checkpoint-last.pth")
     add("--tokenizer", help="tokenizer.pt or kl16.ckpt, if it does not lie beside the checkpoint")
     # what to draw
     add("--classes", type=whole_numbers, help="class numbers, e.g. 3,7; by default all, at most 24")
@@ -196,14 +262,20 @@ def get_args():
     add("--npz", action="store_true", help="also an npz with arr_0, (N, H, W, 3) uint8")
     add("--batch", type=int, default=64, help="images at once")
     add("--device", help="cuda, mps or cpu; by default the best there is")
-    add("--dtype", choices=("bf16", "fp32"), default="fp32", help="arithmetic of the networks")
+    add("--dtype", choices=("bf16", "fp32"), help="arithmetic of the networks; by default that of the training")
+    add("--benchmark", nargs="?", const="far_b", metavar="PRESET", help="time samplers and layouts on this machine, with --ckpt's "
+        "model or a preset with random weights (far_b), and print a table")
     return parser.parse_args()
 
 
 def main():
     args = get_args()
+    if args.benchmark:
+        return benchmark(args)
+    if not args.ckpt:
+        raise InputError("--ckpt is needed: the folder of a run, its far.pt, or the authors' checkpoint-last.pth")
     run = load_run(args.ckpt, pick_device(args.device), not args.no_ema, args.tokenizer)
-    run.dtype = args.dtype
+    run.dtype = args.dtype or run.dtype
     settings = sampling_settings(args, run.model.cfg)
     classes = args.classes or columns_of(run)
     n = args.n if args.n is not None else 4 * len(classes)

@@ -802,3 +802,18 @@ def test_the_authors_checkpoint_is_sampled_from_the_command_line(tmp_path, cli, 
     code, said, line = cli("sample", "--ckpt", path, "--tokenizer", tmp_path / "kl16.ckpt", "--classes", "1,4", "--n", 2, "--cfg", 3, "--out", tmp_path / "s")
     assert code == 0, line
     assert "ddpm" in said and os.path.exists(tmp_path / "s.png")
+
+
+def test_two_processes_train_like_one(mini, tmp_path):
+    def train(out, processes, batch, *more):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else [sys.executable]
+        arguments = [*map(str, mini[1]), "--batch", str(batch), "--steps", "20", "--set", "dropout=0", "--out", str(tmp_path / out), *more]
+        done = subprocess.run([*launch, os.path.join(HERE, "train.py"), *arguments], capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        return weights_of(str(tmp_path / out))[1]
+
+    one, two = train("one", 1, 8), train("two", 2, 4)
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
+    losses = [[json.loads(line)["loss"] for line in open(tmp_path / out / "metrics.jsonl")] for out in ("one", "two")]
+    assert np.allclose(*losses, atol=1e-5)

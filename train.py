@@ -30,7 +30,7 @@ from data import load_data
 from far import FAR, LAYOUTS, PRESETS, FARConfig, Randomness, default_bands
 from sample import save_reconstructions, save_samples
 from tokenizer import STEPS as TOKENIZER_STEPS
-from tokenizer import (autocast, cache_latents, default_config, epoch_indices, held_out_psnr, is_trained, load_tokenizer,
+from tokenizer import (autocast, cache_latents, default_config, epoch_indices, faster_dtype, held_out_psnr, is_trained, load_tokenizer,
                        save_tokenizer, tokenizer_path, train_tokenizer)
 
 
@@ -58,7 +58,7 @@ def get_args():
     add("--lr", type=float, help="learning rate; by default the preset's")
     add("--seed", type=int, default=0, help="of weights, order and noise")
     add("--device", help="cuda, mps or cpu; by default the best there is")
-    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="arithmetic of the networks")
+    add("--dtype", choices=("bf16", "fp32"), help="arithmetic of the networks; by default the faster one here")
     add("--compile", action="store_true", help="torch.compile the model: slower start, faster steps on a GPU")
     add("--save-every", type=int, default=500, help="steps between checkpoints, and between pictures")
     return parser.parse_args()
@@ -215,6 +215,15 @@ def resume_point(path, run):
     return None
 
 
+def mean_over_ranks(rows):
+    """Mean over a list of vectors, entries that are nan left out, and over all processes -> list of floats."""
+    rows = torch.stack(rows)
+    total, count = rows.nansum(0), (~rows.isnan()).sum(0).float()
+    if dist.is_initialized():
+        dist.all_reduce(total), dist.all_reduce(count)
+    return [None if math.isnan(v) else round(v, 6) for v in (total / count).tolist()]
+
+
 class Metrics:
     """metrics.jsonl: one line per interval. After a resume, lines beyond the checkpoint are dropped, so none is double."""
 
@@ -257,16 +266,17 @@ def main():
     out = args.out or os.path.join("runs", f"{data.name}_{args.model}" + ("_paper" if args.layout == "paper" else ""))
     os.makedirs(out, exist_ok=True)
     lock = lock_folder(out) if rank == 0 else None                       # held until the process ends
-    run = dict(config=asdict(cfg), recipe=recipe, effective_batch=recipe["batch"] * args.accum * world, seed=args.seed,
-               data=data.fingerprint)
+    effective = recipe["batch"] * args.accum * world
+    run = dict(config=asdict(cfg), recipe={**recipe, "batch": effective}, seed=args.seed, data=data.fingerprint)
     path = os.path.join(out, "far.pt")
     before = resume_point(path, run)
     start = before["step"] if before else 0
+    args.dtype = args.dtype or (before["dtype"] if before else faster_dtype(device))
     torch.manual_seed(args.seed)
     model = FAR(cfg).to(device)
     say(f"{data.name}: {len(data):,} images of {data.size} px, {data.n_class} classes. {args.model}, {args.layout} layout: "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, bands {','.join(map(str, cfg.bands))}, on {device}")
-    say(f"{recipe['steps']:,} steps of {run['effective_batch']} images ({recipe['batch']} a device x {args.accum} accumulated "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, bands {','.join(map(str, cfg.bands))}, on {device}, {args.dtype}")
+    say(f"{recipe['steps']:,} steps of {effective} images ({recipe['batch']} a device x {args.accum} accumulated "
         f"x {world} processes)")
     if device.type == "cpu" and rank == 0 and start < recipe["steps"]:
         with autocast(device, args.dtype):
@@ -296,12 +306,12 @@ def main():
     step_model = torch.compile(model) if args.compile else model
     if world > 1:
         step_model = torch.nn.parallel.DistributedDataParallel(step_model)
-    trained_run = SimpleNamespace(model=ema, tokenizer=tokenizer, device=device, dtype="fp32",
+    trained_run = SimpleNamespace(model=ema, tokenizer=tokenizer, device=device, dtype=args.dtype,
                                   data=dict(name=data.name, class_names=data.class_names))
 
     def save(step):
         save_checkpoint(path, dict(
-            kind="far", step=step, run=run, config=asdict(cfg), model=model.state_dict(), ema=ema.state_dict(),
+            kind="far", step=step, run=run, dtype=args.dtype, config=asdict(cfg), model=model.state_dict(), ema=ema.state_dict(),
             optimizer=optimizer.state_dict(),
             data=dict(name=data.name, source=args.data, size=data.size, channels=data.channels, data_dir=args.data_dir,
                       class_names=data.class_names)))
@@ -311,7 +321,7 @@ def main():
         signal.signal(name, lambda *_: stop.append(1))
     metrics = Metrics(os.path.join(out, "metrics.jsonl"), start) if rank == 0 else None
     bar = tqdm(range(start, recipe["steps"]), initial=start, total=recipe["steps"], desc="FAR", unit="step", disable=rank > 0)
-    losses, bands, waited, interval = [], [], 0.0, time.time()
+    rows, waited, interval = [], 0.0, time.time()
     for step in bar:
         lr = learning_rate(step, recipe)
         for group in optimizer.param_groups:
@@ -330,8 +340,7 @@ def main():
             with autocast(device, args.dtype):
                 loss, per_band = step_model(x, draw, labels)
             (loss / args.accum).backward()
-            losses.append(loss.detach())
-            bands.append(per_band)
+            rows.append(torch.cat([loss.detach()[None], per_band]))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
         if not torch.isfinite(norm):
             raise InputError(f"the loss or its gradient is not finite at step {step} (images {indices.tolist()[:8]}...): "
@@ -340,17 +349,16 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         update_ema(ema, model, step)
         done = step + 1
-        if (done % 50 == 0 or done == recipe["steps"]) and rank == 0:
-            seconds = time.time() - interval
-            values = dict(step=done, loss=torch.stack(losses).mean().item(),
-                          bands=[round(v, 4) for v in torch.stack(bands).nanmean(0).tolist()],
-                          lr=lr, grad_norm=norm.item(),
-                          images_per_s=len(losses) * recipe["batch"] * world / seconds, waiting=waited / seconds)
-            metrics.write(**values)
-            bar.set_postfix_str(f"loss {values['loss']:.3f}, bands {' '.join(f'{v:.2f}' for v in values['bands'])}, "
+        if done % 50 == 0 or done == recipe["steps"]:
+            seconds, (mean, *bands) = time.time() - interval, mean_over_ranks(rows)
+            values = dict(step=done, loss=mean, bands=bands, lr=lr, grad_norm=norm.item(),
+                          images_per_s=len(rows) * recipe["batch"] * world / seconds, waiting=waited / seconds)
+            if rank == 0:
+                metrics.write(**values)
+            bar.set_postfix_str(f"loss {values['loss']:.3f}, bands {' '.join('-' if v is None else f'{v:.2f}' for v in bands)}, "
                                 f"lr {values['lr']:.1e}, grad {values['grad_norm']:.2f}, {values['images_per_s']:.0f} img/s, "
                                 f"waiting {values['waiting']:.1%}")
-            losses, bands, waited, interval = [], [], 0.0, time.time()
+            rows, waited, interval = [], 0.0, time.time()
         if rank == 0 and (done % args.save_every == 0 or done == recipe["steps"] or stop):
             save(done)
             if not stop and done < recipe["steps"]:
