@@ -51,17 +51,17 @@ class Chain:
         self.tables = {name: table.float().to(device) for name, table in tables.items()}
 
     def at(self, s, *names):
-        """Table values for steps s, an int or a LongTensor (M,), shaped to multiply (M, C)."""
+        """Table values for steps s, an int or a LongTensor (...), shaped to multiply (..., C)."""
         values = [self.tables[name][s] for name in names]
         return [v[..., None] for v in values] if torch.is_tensor(s) else values
 
     def posterior_mean(self, x0, xt, s):
-        """Mean of q(x_{s-1} | x_s, x_0), DDPM eq. 7. x0, xt (M, C) -> (M, C)."""
+        """Mean of q(x_{s-1} | x_s, x_0), DDPM eq. 7. x0, xt (..., C) -> (..., C)."""
         to_x0, to_xt = self.at(s, "to_x0", "to_xt")
         return to_x0 * x0 + to_xt * xt
 
     def log_variance(self, v, s):
-        """Learned log-variance between its two bounds: v (M, C) in [-1, 1], Nichol & Dhariwal 2021 eq. 15."""
+        """Learned log-variance between its two bounds: v (..., C) in [-1, 1], Nichol & Dhariwal 2021 eq. 15."""
         small, large = self.at(s, "log_small", "log_large")
         return small + (v + 1) / 2 * (large - small)
 
@@ -77,6 +77,14 @@ def discretised_nll(x, mean, logvar, half_bin=1 / 255):
     return -(cdf(x + half_bin) - cdf(x - half_bin)).clamp(min=1e-12).log()
 
 
+def fast_attention(q, k, v, mask=None, dropout=0.0):
+    """Scaled dot-product attention, (B, heads, N, d) each. On a CPU in float32: there, bf16's backward is 3 times slower."""
+    if q.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout)
+
+
 class TimeEmbedding(nn.Module):
     """Step t -> (W,): 256 sinusoids, cosines first, then a small MLP."""
 
@@ -87,35 +95,41 @@ class TimeEmbedding(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, t):
-        angle = t.float()[:, None] * self.frequencies                                # (M, 128)
+        angle = t.float()[..., None] * self.frequencies                              # (..., 128)
         return self.fc2(F.silu(self.fc1(torch.cat([angle.cos(), angle.sin()], dim=-1))))
 
 
 class HeadBlock(nn.Module):
     """Residual MLP on one token, steered by adaLN: h + gate * MLP(LN(h) * (1 + scale) + shift)."""
 
-    def __init__(self, width):
+    def __init__(self, width, attention=False):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
         self.modulation = nn.Linear(width, 3 * width)
+        if attention:
+            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, h, y):
-        shift, scale, gate = self.modulation(y).chunk(3, dim=-1)                     # (M, W) each
-        return h + gate * self.fc2(F.silu(self.fc1(self.norm(h) * (1 + scale) + shift)))
+        shift, scale, gate = self.modulation(y).chunk(3, dim=-1)                     # (B, N, W) each
+        u = self.norm(h) * (1 + scale) + shift
+        if hasattr(self, "qkv"):
+            q, k, v = self.qkv(u).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)   # (B, 4 heads, N, W / 4) each
+            u = u + self.proj(fast_attention(q, k, v).transpose(1, 2).flatten(2))
+        return h + gate * self.fc2(F.silu(self.fc1(u)))
 
 
 class DiffusionHead(nn.Module):
     """p(x | z) for single tokens: a DDPM whose network is a small adaLN MLP (MAR, section 3.2 and appendix)."""
 
-    def __init__(self, token_dim, z_dim, width, depth, schedule="cosine", predict="eps", T=1000):
+    def __init__(self, token_dim, z_dim, width, depth, schedule="cosine", predict="eps", attention=False, T=1000):
         super().__init__()
         self.predict = predict
         self.time = TimeEmbedding(width)
         self.cond = nn.Linear(z_dim, width)
         self.level = nn.Linear(1, width)                 # of the raw cut-off of the transformer's input
         self.input = nn.Linear(token_dim, width)
-        self.blocks = nn.ModuleList(HeadBlock(width) for _ in range(depth))
+        self.blocks = nn.ModuleList(HeadBlock(width, attention) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, 2 * token_dim)    # the prediction, and v of the learned variance
@@ -124,7 +138,7 @@ class DiffusionHead(nn.Module):
             nn.init.zeros_(linear.bias)
         for linear in (self.time.fc1, self.time.fc2):
             nn.init.normal_(linear.weight, std=0.02)
-        for linear in [block.modulation for block in self.blocks] + [self.modulation, self.output]:
+        for linear in [block.modulation for block in self.blocks] + [self.modulation, self.output] + [b.proj for b in self.blocks if attention]:
             nn.init.zeros_(linear.weight)                # every block starts as the identity, the output as zero
         self.register_buffer("abar", alphas_cumprod(schedule, T), persistent=False)
         self.chains = {}                                 # (steps, device) -> Chain
@@ -137,13 +151,13 @@ class DiffusionHead(nn.Module):
         return self.chains[key]
 
     def condition(self, z, level):
-        """z (M, D), level (M, 1) or (1, 1): the part of the condition that does not change with t -> (M, W)."""
+        """z (..., D), level (..., 1) or (1, 1): the part of the condition that does not change with t -> (..., W)."""
         return self.cond(z) + self.level(level)
 
     def forward(self, xt, time, condition):
-        """Noisy tokens (M, C), time embedding (M, W) or (1, W), condition (M, W) -> prediction and v, (M, C) each, float32."""
-        h = self.input(xt)                                                           # (M, W)
-        y = F.silu(time + condition)                                                 # (M, W)
+        """Noisy tokens (..., C), time embedding (..., W) or (1, W), condition (..., W) -> prediction and v, (..., C) each, float32."""
+        h = self.input(xt)                                                           # (..., W)
+        y = F.silu(time + condition)                                                 # (..., W)
         for block in self.blocks:
             h = block(h, y)
         shift, scale = self.modulation(y).chunk(2, dim=-1)
@@ -156,7 +170,7 @@ class DiffusionHead(nn.Module):
     def loss(self, x0, condition, t, noise):
         """
         Nichol & Dhariwal 2021 eq. 16: squared error of the prediction, and the variational term in bits, which only
-        trains the variance. Clean tokens and noise (M, C), condition (M, W), steps t (M,). Returns both terms, (M,) each.
+        trains the variance. Clean tokens and noise (..., C), condition (..., W), steps t (...). Returns both terms, (...) each.
         """
         chain = self.chain()
         alpha, sigma = chain.at(t, "alpha", "sigma")
@@ -169,24 +183,24 @@ class DiffusionHead(nn.Module):
         small, = chain.at(t, "log_small")
         kl = normal_kl(chain.posterior_mean(x0, xt, t), small, mean, logvar)
         nll = discretised_nll(x0, mean, logvar)
-        bits = torch.where((t == 0)[:, None], nll, kl).mean(dim=-1) / math.log(2)
+        bits = torch.where((t == 0)[..., None], nll, kl).mean(dim=-1) / math.log(2)
         return mse, bits
 
     def predict_guided(self, xt, time, condition, guidance):
         """
         One network call; with guidance != 1 the condition holds the conditional tokens, then the unconditional ones,
-        and the prediction is u + guidance (c - u) (Ho & Salimans 2022 eq. 6). xt (M, C) -> prediction and v, (M, C) each.
+        and the prediction is u + guidance (c - u) (Ho & Salimans 2022 eq. 6). xt (..., C) -> prediction and v, (..., C) each.
         """
         if guidance == 1:
             return self(xt, time, condition)
-        prediction, v = self(torch.cat([xt, xt]), time, condition)                   # (2M, C) each
+        prediction, v = self(torch.cat([xt, xt]), time, condition)                   # (2B, ..., C) each
         c, u = prediction.chunk(2)
         return u + guidance * (c - u), v.chunk(2)[0]
 
     def sample(self, condition, noise, steps, sampler="ddpm", guidance=1.0, temperature=1.0):
         """
-        Draw tokens. condition (M, W), or (2M, W) with guidance != 1; noise (M, n, C) unit normals, n from `n_noise`;
-        -> (M, C). `ddpm` is ancestral sampling with the learned variance, its noise scaled by the temperature; `ddim`
+        Draw tokens. condition (..., W), or (2B, ..., W) with guidance != 1; noise (B, n, N, C) unit normals, n from `n_noise`;
+        -> (B, N, C). `ddpm` is ancestral sampling with the learned variance, its noise scaled by the temperature; `ddim`
         (Song et al. 2021, eta = 0) and `dpmpp` (DPM-Solver++(2M), Lu et al. 2022 algorithm 2) are deterministic given
         the first noise, which the temperature scales.
         """

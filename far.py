@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion import SAMPLERS, DiffusionHead, n_noise
+from diffusion import SAMPLERS, DiffusionHead, fast_attention, n_noise
 
 # The two ways to lay bands out. Everything else is shared.
 #             tokens of a band      what the head learns            what the transformer sees
@@ -57,9 +57,10 @@ class FARConfig:
     # the head
     head_width: int = 192
     head_depth: int = 3
+    head_attention: bool = False      # let the tokens of a band see each other in the head: they are then drawn jointly
     schedule: str = "cosine"          # noise schedule: cosine or linear
     predict: str = "v"                # v or eps
-    noise_levels: int = 4             # noise levels that each z is trained with per step ("diffusion batch multiplier")
+    noise_levels: int = 4             # noise levels that each z of the largest band is trained with per step ("diffusion batch multiplier")
     # training
     label_drop: float = 0.1           # how often the condition is dropped, for guidance
     loss_weight: str = "uniform"      # of the bands: uniform, sine or article
@@ -201,14 +202,6 @@ def band_causal_mask(n_tokens):
 # ---------------------------------------------------------------------------------------------------------------------
 # The transformer
 
-def attention(q, k, v, mask=None, dropout=0.0):
-    """Scaled dot-product attention, (B, heads, N, d) each. On a CPU in float32: there, bf16's backward is 3 times slower."""
-    if q.device.type == "cpu":
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout)
-
-
 class Attention(nn.Module):
     """Multi-head attention. `cache` (a dict, in sampling) keeps the keys and values of the lower bands."""
 
@@ -224,7 +217,7 @@ class Attention(nn.Module):
             if self in cache:
                 k, v = (torch.cat(pair, dim=2) for pair in zip(cache[self], (k, v)))             # (B, heads, lower + N, d)
             cache[self] = k, v
-        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        y = fast_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         return F.dropout(self.proj(y.transpose(1, 2).reshape(B, N, D)), self.dropout, self.training)
 
 
@@ -247,7 +240,7 @@ class CrossAttention(nn.Module):
             if cache is not None:
                 cache[self] = k, v
         q = self.q(x).view(B, N, self.n_head, D // self.n_head).transpose(1, 2)                  # (B, heads, N, d)
-        y = attention(q, k, v, visible[:, None, None])                                           # padding is not looked at
+        y = fast_attention(q, k, v, visible[:, None, None])                                           # padding is not looked at
         return self.proj(y.transpose(1, 2).reshape(B, N, D))
 
 
@@ -325,7 +318,8 @@ class FAR(nn.Module):
             nn.init.zeros_(linear.bias)
         if not cfg.text_dim:
             nn.init.normal_(self.class_embed.weight, std=0.02)
-        self.head = DiffusionHead(cfg.latent_dim, D, cfg.head_width, cfg.head_depth, cfg.schedule, cfg.predict)
+        self.head = DiffusionHead(cfg.latent_dim, D, cfg.head_width, cfg.head_depth, cfg.schedule, cfg.predict,
+                                  attention=cfg.head_attention)
         # the ladder: A_k in down[k, :k], U_k in up[k, :, :k], and the std of every band of the training data
         down, up = torch.zeros(H + 1, H, H), torch.zeros(H + 1, H, H)
         for k in range(1, H + 1):
@@ -484,27 +478,25 @@ class FAR(nn.Module):
                 lower = torch.zeros_like(x)
             inputs.append(self.raise_band(lower, a, b))
             target = x if cfg.target == "full" else self.band(x, b)
-            targets.append(target.flatten(2).mT)                                                 # (B, N_l, C)
+            targets.append(target.flatten(2).mT)                                                 # (B, N_l, C) each
         n_tokens = [t.shape[1] for t in targets]
-        targets = torch.cat(targets, dim=1)                                                      # (B, N, C)
-
         hidden = self.hide(pick, n_tokens, draw) if cfg.mask != "none" else None
         z = self.transformer(inputs, bands, self.condition(labels, text, drop), hidden)          # (B, N, D)
 
-        N, r, C = targets.shape[1], cfg.noise_levels, cfg.latent_dim
-        spread = lambda per_band: torch.cat([per_band[pick[:, i]].to(x.device)[:, None].expand(B, n)
-                                             for i, n in enumerate(n_tokens)], dim=1)            # (L,) -> (B, N)
-        condition = self.head.condition(z.flatten(0, 1), spread(k_in.float()).reshape(-1, 1))    # (B N, W), once for r levels
-        t = (draw(torch.rand, B, r, N) * len(self.head.abar)).long()
-        noise = draw(torch.randn, B, r, N, C)
-        repeat = lambda v: v.view(B, 1, N, -1).expand(B, r, N, v.shape[-1]).reshape(B * r * N, -1)
-        mse, bits = self.head.loss(repeat(targets.reshape(B * N, C)), repeat(condition), t.flatten(), noise.view(-1, C))
-        weight = spread(torch.tensor([LOSS_WEIGHTS[cfg.loss_weight](a, b, cfg.latent_size)
-                                      for a, b in zip(k_in.tolist(), k_out.tolist())]))          # (B, N)
-        loss = ((mse + bits).view(B, r, N) * weight[:, None]).mean()
-        mse = mse.detach().view(B, r, N).mean(dim=1)                                             # (B, N)
-        band = spread(torch.arange(L))
-        return loss, torch.stack([mse[band == l].mean() for l in range(L)])
+        weights = torch.tensor([LOSS_WEIGHTS[cfg.loss_weight](a, b, cfg.latent_size) for a, b in zip(k_in.tolist(), k_out.tolist())])
+        total, count, per_band = 0.0, 0, torch.full((B, L), torch.nan, device=x.device)
+        for z_l, target, l in zip(z.split(n_tokens, dim=1), targets, pick.T):
+            N, C = target.shape[1:]
+            # each z serves for several noise levels; the small low bands get more of them, else the large ones drown them
+            r = round(cfg.noise_levels * math.sqrt(max(n_tokens) / N)) if cfg.context == "all" else cfg.noise_levels
+            condition = self.head.condition(z_l, k_in[l].to(z_l)[:, None, None])                 # (B, N_l, W), once for r levels
+            each = lambda v: v[:, None].expand(B, r, N, v.shape[-1]).flatten(0, 1)               # (B r, N_l, .)
+            t = (draw(torch.rand, B, r, 1 if cfg.head_attention else N).expand(B, r, N) * len(self.head.abar)).long()
+            mse, bits = self.head.loss(each(target), each(condition), t.flatten(0, 1), draw(torch.randn, B, r, N, C).flatten(0, 1))
+            total = total + ((mse + bits).view(B, -1).sum(dim=1) * weights[l].to(x.device)).sum()
+            count += mse.numel()
+            per_band[torch.arange(B), l.to(x.device)] = mse.detach().view(B, -1).mean(dim=1)
+        return total / count, per_band.nanmean(dim=0)
 
     def hide(self, pick, n_tokens, draw):
         """Which tokens the encoder does not see: (B, N) bool, a random share per band (see mask_ratio)."""
@@ -554,10 +546,10 @@ class FAR(nn.Module):
                 lower, hidden = torch.cat([lower, lower]), None if hidden is None else torch.cat([hidden, hidden])
             z = self.transformer([lower], [(k_in, k)], condition, hidden, cache)                 # (B or 2B, N, D)
             z = z[:B] if w == 1 else z                                   # no second branch where it would have no weight
-            level = torch.full((1, 1), float(k_in), device=device)
-            noise = draw(torch.randn, n_noise(S, sampler), N, C).transpose(1, 2)                 # (B, N, n, C)
-            tokens = self.head.sample(self.head.condition(z.flatten(0, 1), level), noise.flatten(0, 1), S, sampler, w, tau)
-            y = tokens.view(B, N, C).mT.reshape(B, C, *lower.shape[-2:])
+            noise = draw(torch.randn, n_noise(S, sampler), N, C)                                 # (B, n, N, C)
+            level = torch.full((1, 1, 1), float(k_in), device=device)
+            tokens = self.head.sample(self.head.condition(z, level), noise, S, sampler, w, tau)  # (B, N, C)
+            y = tokens.mT.reshape(B, C, *lower.shape[-2:])
             y = self.band(y, k) if cfg.target == "full" else y
             ladder.append(self.show_band(y, k))
             k_in = k

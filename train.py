@@ -161,7 +161,7 @@ def make_optimizer(model, lr, weight_decay=0.02):
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return torch.optim.AdamW([dict(params=[p for name, p in named if not free(name, p)], weight_decay=weight_decay),
                               dict(params=[p for name, p in named if free(name, p)], weight_decay=0.0)],
-                             lr=lr, betas=(0.9, 0.95))
+                             lr=lr, betas=(0.9, 0.95), fused=next(model.parameters()).device.type in ("cpu", "cuda"))
 
 
 def time_step(model, batch):
