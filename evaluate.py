@@ -428,6 +428,23 @@ def sample_run(args, run, folder):
     return images, labels, made / seconds if made else None
 
 
+@torch.inference_mode()
+def band_variances(run, test, n=1000, seed=0, **sampling):
+    """
+    For every band, the variance of sampled x^l over that of real images' x^l: below 1, the band varies too little.
+    run from sample.load_run, test a data set; `sampling` goes to FAR.sample. -> list of floats, one a band.
+    """
+    from tokenizer import to_unit
+    model, indices = run.model, torch.arange(min(n, len(test)))
+    real, made = [], []
+    for part in tqdm(indices.split(250), desc="band variances", disable=None, leave=False):
+        x = run.tokenizer.latent_scale * run.tokenizer.encode(to_unit(test.batch(part).to(run.device)))[0]
+        real.append([model.show_band(model.band(x, k), k) for k in sampling["bands"]])
+        labels = test.labels[part].to(run.device)
+        made.append(model.sample(labels, seed=seed, first=int(part[0]), **sampling))
+    return [(torch.cat(m).var() / torch.cat(r).var()).item() for m, r in zip(zip(*made), zip(*real))]
+
+
 def load_and_sample(args, device):
     """For --ckpt: images, labels, images per second, the run's data set, and how it was sampled (dicts)."""
     from far import check_bands
