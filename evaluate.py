@@ -31,6 +31,8 @@ from tqdm import tqdm
 from common import (InputError, OneLineParser, command_line, load_checkpoint, pick_device, save_checkpoint,
                     write_atomically)
 from data import find_images, load_data, to_rgb
+from sample import generate, load_run, sampling_settings, whole_numbers
+from tokenizer import to_unit
 
 # A TorchScript copy of TensorFlow's 2015 Inception graph, published with StyleGAN2-ADA. It takes RGB images
 # of 0..255 and resizes them to 299 px by itself, the way the first FID code did: do not resize them before.
@@ -393,10 +395,8 @@ def write_samples(path, images, labels):
 
 def generate_images(args, run, indices):
     """Images of these numbers, uint8 (B, C, S, S): image i has class i % n_class, noise of (seed, i)."""
-    from sample import generate
     labels = torch.tensor(indices) % len(run.data["class_names"])
-    return generate(run, labels, seed=args.seed, first=indices[0], batch=len(indices), cfg_scale=args.cfg,
-                    steps=args.steps, temperature=args.temperature, sampler=args.sampler, bands=args.bands)
+    return generate(run, labels, seed=args.seed, first=indices[0], batch=len(indices), **args.sampling)
 
 
 def sample_run(args, run, folder):
@@ -434,7 +434,6 @@ def band_variances(run, test, n=1000, seed=0, **sampling):
     For every band, the variance of sampled x^l over that of real images' x^l: below 1, the band varies too little.
     run from sample.load_run, test a data set; `sampling` goes to FAR.sample. -> list of floats, one a band.
     """
-    from tokenizer import to_unit
     model, indices = run.model, torch.arange(min(n, len(test)))
     real, made = [], []
     for part in tqdm(indices.split(250), desc="band variances", disable=None, leave=False):
@@ -447,25 +446,19 @@ def band_variances(run, test, n=1000, seed=0, **sampling):
 
 def load_and_sample(args, device):
     """For --ckpt: images, labels, images per second, the run's data set, and how it was sampled (dicts)."""
-    from far import check_bands
-    from sample import load_run
     run = load_run(args.ckpt, device, ema=not args.no_ema)
     if run.model.cfg.text_dim:
         raise InputError(f"{args.ckpt} makes images from text; evaluate.py samples models with classes only")
-    args.bands = args.bands or tuple(run.model.cfg.bands)
-    try:
-        check_bands(args.bands, run.model.cfg.latent_size)
-    except ValueError as error:
-        raise InputError(error)
-    names = ("cfg", "steps", "temperature", "sampler", "bands", "seed", "no_ema")
-    settings = {name: getattr(args, name) for name in names}
+    args.sampling = sampling_settings(args, run.model.cfg)
+    settings = dict(args.sampling, seed=args.seed, no_ema=args.no_ema)
     file = os.path.join(args.ckpt, "far.pt") if os.path.isdir(args.ckpt) else args.ckpt
-    key = hashlib.sha256(f"{file_hash(file)} {settings}".encode()).hexdigest()[:12]  # new weights, new key
+    hashes = [file_hash(path) for path in (file, os.path.join(os.path.dirname(file), "tokenizer.pt"))]
+    key = hashlib.sha256(f"{hashes} {settings}".encode()).hexdigest()[:12]   # new weights, new key
     folder = os.path.join(os.path.dirname(file), "evaluation", key)
     images, labels, rate = sample_run(args, run, folder)
     path = os.path.join(folder, "samples.npz")
     write_samples(path, images, labels)
-    return images, labels, rate, run.data, dict(ckpt=args.ckpt, step=run.step, **settings, images_in=path)
+    return images, labels, rate, run, dict(ckpt=args.ckpt, step=run.step, **settings, images_in=path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -499,11 +492,6 @@ def read_reference(args, data, network, shape):
     return reference, args.reference
 
 
-def whole_numbers(text):
-    """"1,2,4" -> (1, 2, 4)."""
-    return tuple(int(number) for number in text.split(","))
-
-
 def get_args():
     parser = OneLineParser(prog="evaluate.py", description=__doc__.split("\n\n")[0].strip())
     # what to score
@@ -521,12 +509,11 @@ def get_args():
     parser.add_argument("--write-stats", help="also write mu and sigma of the reference to this .npz")
     # how to sample
     parser.add_argument("--n", type=int, default=5000, help="images to make (%(default)s; papers take 50000)")
-    parser.add_argument("--cfg", type=float, default=1.0, help="guidance, 1 is none (%(default)s)")
-    parser.add_argument("--steps", type=whole_numbers, default=(10, 10),
-                        help="diffusion steps of the lowest and the highest band (10,10)")
+    parser.add_argument("--cfg", type=float, help="guidance, 1 is none; default: the model's, see sample.py")
+    parser.add_argument("--steps", type=whole_numbers,
+                        help="diffusion steps of every band, or of the lowest and the highest; default: the model's")
     parser.add_argument("--temperature", type=float, default=1.0, help="scale of the noise (%(default)s)")
-    parser.add_argument("--sampler", default="dpmpp", choices=("ddpm", "ddim", "dpmpp"),
-                        help="sampler of the diffusion head (%(default)s)")
+    parser.add_argument("--sampler", help="of the diffusion head: ddpm, ddim or dpmpp; default: the model's")
     parser.add_argument("--bands", type=whole_numbers, help="ladder, such as 1,2,4,8; default: the run's")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (%(default)s)")
     parser.add_argument("--no-ema", action="store_true", help="use the raw weights, not their average")
@@ -536,18 +523,18 @@ def get_args():
     args = parser.parse_args()
     if (args.ckpt is None) == (args.samples is None):
         parser.error("give either --ckpt or --samples")
-    if len(args.steps) > 2 or min(args.batch, *args.steps, 1) < 1 or min(args.n, args.reference_n) < 4:
-        parser.error("--batch and --steps (one or two) must be 1 or more, --n and --reference-n 4 or more")
-    args.steps = (args.steps[0], args.steps[-1])             # one number is for all bands
+    if args.batch < 1 or min(args.n, args.reference_n) < 4:
+        parser.error("--batch must be 1 or more, --n and --reference-n 4 or more")
     return args
 
 
 def evaluate(args):
     """The rows of the table (dicts, see `score`), the protocol (dict of str), and the feature network."""
-    device, rate, data, test, sampling = pick_device(args.device), None, None, None, args.samples
+    device, rate, data, test, run, sampling = pick_device(args.device), None, None, None, None, args.samples
     known = dict(source=args.data, size=None, data_dir="data")
     if args.ckpt:
-        images, labels, rate, known, sampling = load_and_sample(args, device)
+        images, labels, rate, run, sampling = load_and_sample(args, device)
+        known = run.data
         sampling = ", ".join(f"{key} {value}" for key, value in sampling.items())
     name, size = args.data or known["source"], args.size or known["size"]
     data_dir = args.data_dir or known["data_dir"]
@@ -577,6 +564,8 @@ def evaluate(args):
         rows["real test images"] = dict(score(test, test.labels, network, reference), images_per_second=None)
     right = "" if network.accuracy is None else f", {network.accuracy:.1%} right on test images"
     n = reference["features"] is not None and min(len(images), len(reference["features"]))
+    if run and test:
+        rows["generated"]["band_variances"] = band_variances(run, test, seed=args.seed, **args.sampling)
     return rows, {"features": f"{network.name}, {len(reference['mu'])} numbers{right}", "reference": origin,
                   "precision, recall": f"k = 3, {n} images against {n}" if n else "need reference images",
                   "samples": sampling}, network
@@ -598,6 +587,9 @@ def main():
         cells = ("-" if row[key] is None else f"{row[key]:.{digits}f}" for key, _, digits in columns)
         cells = (f"{cell:>{len(title) + 3}}" for cell, (_, title, _) in zip(cells, columns))
         print(f"{name:17}" + "".join(cells))
+    if "band_variances" in rows["generated"]:
+        ratios = " ".join(f"{ratio:.3f}" for ratio in rows["generated"]["band_variances"])
+        print(f"\nvariance of each sampled band, lowest first, over that of real images: {ratios}")
     print("\n" + "\n".join(f"{name:19}{text}" for name, text in protocol.items()))
 
 

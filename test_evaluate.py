@@ -14,6 +14,7 @@ import evaluate
 from common import InputError, command_line
 from evaluate import (InceptionFeatures, extract, feature_statistics, frechet_distance, inception_score,
                       precision_recall, read_arrays, reference_of, score, to_images, write_samples)
+from far import FARConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -305,10 +306,11 @@ def test_an_interrupted_evaluation_goes_on_from_the_images_already_made(tmp_path
         return torch.cat([pictures(1, size=8, seed=settings["seed"] + i) for i in indices])
 
     run = SimpleNamespace(data=dict(source="shapes", size=8, channels=3, class_names=list(range(24)), data_dir="data"),
-                          step=1, model=SimpleNamespace(cfg=SimpleNamespace(bands=(1, 2), latent_size=2, text_dim=0)))
-    module = SimpleNamespace(generate=generate, load_run=lambda *args, **kwargs: run)
-    monkeypatch.setitem(sys.modules, "sample", module)
+                          step=1, model=SimpleNamespace(cfg=FARConfig(bands=(1, 2), latent_size=2)))
+    monkeypatch.setattr(evaluate, "generate", generate)
+    monkeypatch.setattr(evaluate, "load_run", lambda *args, **kwargs: run)
     (tmp_path / "far.pt").write_bytes(b"weights")
+    (tmp_path / "tokenizer.pt").write_bytes(b"weights")
 
     def sample(*flags):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "--ckpt", str(tmp_path), *flags])
