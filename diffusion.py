@@ -77,14 +77,6 @@ def discretised_nll(x, mean, logvar, half_bin=1 / 255):
     return -(cdf(x + half_bin) - cdf(x - half_bin)).clamp(min=1e-12).log()
 
 
-def fast_attention(q, k, v, mask=None, dropout=0.0):
-    """Scaled dot-product attention, (B, heads, N, d) each. On a CPU in float32: there, bf16's backward is 3 times slower."""
-    if q.device.type == "cpu":
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout)
-
-
 class TimeEmbedding(nn.Module):
     """Step t -> (W,): 256 sinusoids, cosines first, then a small MLP."""
 
@@ -102,34 +94,28 @@ class TimeEmbedding(nn.Module):
 class HeadBlock(nn.Module):
     """Residual MLP on one token, steered by adaLN: h + gate * MLP(LN(h) * (1 + scale) + shift)."""
 
-    def __init__(self, width, attention=False):
+    def __init__(self, width):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
         self.modulation = nn.Linear(width, 3 * width)
-        if attention:
-            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, h, y):
         shift, scale, gate = self.modulation(y).chunk(3, dim=-1)                     # (B, N, W) each
-        u = self.norm(h) * (1 + scale) + shift
-        if hasattr(self, "qkv"):
-            q, k, v = self.qkv(u).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)   # (B, 4 heads, N, W / 4) each
-            u = u + self.proj(fast_attention(q, k, v).transpose(1, 2).flatten(2))
-        return h + gate * self.fc2(F.silu(self.fc1(u)))
+        return h + gate * self.fc2(F.silu(self.fc1(self.norm(h) * (1 + scale) + shift)))
 
 
 class DiffusionHead(nn.Module):
     """p(x | z) for single tokens: a DDPM whose network is a small adaLN MLP (MAR, section 3.2 and appendix)."""
 
-    def __init__(self, token_dim, z_dim, width, depth, schedule="cosine", predict="eps", attention=False, T=1000):
+    def __init__(self, token_dim, z_dim, width, depth, schedule="cosine", predict="eps", T=1000):
         super().__init__()
         self.predict = predict
         self.time = TimeEmbedding(width)
         self.cond = nn.Linear(z_dim, width)
         self.level = nn.Linear(1, width)                 # of the raw cut-off of the transformer's input
         self.input = nn.Linear(token_dim, width)
-        self.blocks = nn.ModuleList(HeadBlock(width, attention) for _ in range(depth))
+        self.blocks = nn.ModuleList(HeadBlock(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, 2 * token_dim)    # the prediction, and v of the learned variance
@@ -138,7 +124,7 @@ class DiffusionHead(nn.Module):
             nn.init.zeros_(linear.bias)
         for linear in (self.time.fc1, self.time.fc2):
             nn.init.normal_(linear.weight, std=0.02)
-        for linear in [block.modulation for block in self.blocks] + [self.modulation, self.output] + [b.proj for b in self.blocks if attention]:
+        for linear in [block.modulation for block in self.blocks] + [self.modulation, self.output]:
             nn.init.zeros_(linear.weight)                # every block starts as the identity, the output as zero
         self.register_buffer("abar", alphas_cumprod(schedule, T), persistent=False)
         self.chains = {}                                 # (steps, device) -> Chain

@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion import SAMPLERS, DiffusionHead, fast_attention, n_noise
+from diffusion import SAMPLERS, DiffusionHead, n_noise
 
 # The two ways to lay bands out. Everything else is shared.
 #             tokens of a band      what the head learns            what the transformer sees
@@ -57,7 +57,6 @@ class FARConfig:
     # the head
     head_width: int = 192
     head_depth: int = 3
-    head_attention: bool = False      # let the tokens of a band see each other in the head: they are then drawn jointly
     schedule: str = "cosine"          # noise schedule: cosine or linear
     predict: str = "v"                # v or eps
     noise_levels: int = 4             # noise levels that each z of the largest band is trained with per step ("diffusion batch multiplier")
@@ -202,6 +201,14 @@ def band_causal_mask(n_tokens):
 # ---------------------------------------------------------------------------------------------------------------------
 # The transformer
 
+def fast_attention(q, k, v, mask=None, dropout=0.0):
+    """Scaled dot-product attention, (B, heads, N, d) each. On a CPU in float32: there, bf16's backward is 3 times slower."""
+    if q.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout)
+
+
 class Attention(nn.Module):
     """Multi-head attention. `cache` (a dict, in sampling) keeps the keys and values of the lower bands."""
 
@@ -318,8 +325,7 @@ class FAR(nn.Module):
             nn.init.zeros_(linear.bias)
         if not cfg.text_dim:
             nn.init.normal_(self.class_embed.weight, std=0.02)
-        self.head = DiffusionHead(cfg.latent_dim, D, cfg.head_width, cfg.head_depth, cfg.schedule, cfg.predict,
-                                  attention=cfg.head_attention)
+        self.head = DiffusionHead(cfg.latent_dim, D, cfg.head_width, cfg.head_depth, cfg.schedule, cfg.predict)
         # the ladder: A_k in down[k, :k], U_k in up[k, :, :k], and the std of every band of the training data
         down, up = torch.zeros(H + 1, H, H), torch.zeros(H + 1, H, H)
         for k in range(1, H + 1):
@@ -491,7 +497,7 @@ class FAR(nn.Module):
             r = round(cfg.noise_levels * math.sqrt(max(n_tokens) / N)) if cfg.context == "all" else cfg.noise_levels
             condition = self.head.condition(z_l, k_in[l].to(z_l)[:, None, None])                 # (B, N_l, W), once for r levels
             each = lambda v: v[:, None].expand(B, r, N, v.shape[-1]).flatten(0, 1)               # (B r, N_l, .)
-            t = (draw(torch.rand, B, r, 1 if cfg.head_attention else N).expand(B, r, N) * len(self.head.abar)).long()
+            t = (draw(torch.rand, B, r, N) * len(self.head.abar)).long()
             mse, bits = self.head.loss(each(target), each(condition), t.flatten(0, 1), draw(torch.randn, B, r, N, C).flatten(0, 1))
             total = total + ((mse + bits).view(B, -1).sum(dim=1) * weights[l].to(x.device)).sum()
             count += mse.numel()
@@ -561,8 +567,8 @@ class FAR(nn.Module):
 # Sizes. far_b, far_l and far_h are the paper's; the smaller ones are for a CPU or one small GPU.
 
 PRESETS = {
-    "far_nano": dict(width=128, depth=2, n_head=4, n_cond=1, head_width=128, head_depth=2),
-    "far_tiny": dict(width=192, depth=3, n_head=6, n_cond=1, head_width=192, head_depth=3),
+    "far_nano": dict(width=96, depth=2, n_head=4, n_cond=1, head_width=128, head_depth=2, noise_levels=2),
+    "far_tiny": dict(width=160, depth=3, n_head=5, n_cond=1, head_width=192, head_depth=3, noise_levels=2),
     "far_s": dict(width=384, depth=6, n_head=6, n_cond=4, head_width=384, head_depth=4),
     "far_b": dict(width=768, depth=12, n_head=12, n_cond=64, head_width=1024, head_depth=6, dropout=0.1),
     "far_l": dict(width=1024, depth=16, n_head=16, n_cond=64, head_width=1024, head_depth=3, dropout=0.1),
