@@ -429,11 +429,13 @@ class FAR(nn.Module):
             visible, order = (~hidden).sort(dim=1, descending=True, stable=True)                 # visible tokens to the front
             n = int(visible.sum(dim=1).max())
             visible, order = visible[:, :n], order[:, :n]                                        # (B, n)
-            allowed = visible[:, None, :].expand(-1, n, -1)
-            if mask is not None:
-                allowed = allowed & mask[order[:, :, None], order[:, None, :]]                   # (B, n, n)
+            allowed = None
+            if mask is not None or not visible.all():                    # images with fewer visible tokens are padded
+                allowed = visible[:, None, None, :].expand(-1, 1, n, -1)                         # (B, 1, n, n)
+                if mask is not None:
+                    allowed = allowed & mask[order[:, :, None], order[:, None, :]][:, None]
             x = x.gather(1, order[..., None].expand(-1, -1, cfg.width))                          # (B, n, D)
-            x = self.run(self.encoder, x, allowed[:, None], text, cache)
+            x = self.run(self.encoder, x, allowed, text, cache)
         x = self.decoder_in(self.encoder_norm(x))
 
         # decoder: mask tokens where the encoder saw nothing

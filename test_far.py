@@ -321,6 +321,13 @@ def test_guidance_one_is_no_guidance_and_seeds_repeat_on_any_batch(layout, sampl
     assert not torch.allclose(x, draw(labels, cfg_scale=3.0), atol=1e-6) and not torch.allclose(x, draw(labels, seed=4), atol=1e-3)
 
 
+@pytest.mark.parametrize("layout", ["band", "paper"])
+def test_masked_sampling_gives_other_images_that_repeat(layout):
+    model, labels = small(layout, mask="linear"), torch.tensor([0, 1])
+    draw = lambda **more: model.sample(labels, steps=(2, 2), cfg_scale=2.0, **more)[-1]
+    assert torch.equal(draw(masked=True), draw(masked=True)) and not torch.allclose(draw(masked=True), draw(), atol=1e-3)
+
+
 def test_sampling_climbs_the_bands_that_training_showed():
     model, seen = small(), []
     transformer = model.transformer
