@@ -515,6 +515,7 @@ def get_args():
     parser.add_argument("--temperature", type=float, default=1.0, help="scale of the noise (%(default)s)")
     parser.add_argument("--sampler", help="of the diffusion head: ddpm, ddim or dpmpp; default: the model's")
     parser.add_argument("--bands", type=whole_numbers, help="ladder, such as 1,2,4,8; default: the run's")
+    parser.add_argument("--ar-steps", type=int, help="autoregressive steps, for the baseline of mar.py")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (%(default)s)")
     parser.add_argument("--no-ema", action="store_true", help="use the raw weights, not their average")
     parser.add_argument("--batch", type=int, default=CHUNK, help="images made at once (%(default)s at most)")
@@ -564,7 +565,7 @@ def evaluate(args):
         rows["real test images"] = dict(score(test, test.labels, network, reference), images_per_second=None)
     right = "" if network.accuracy is None else f", {network.accuracy:.1%} right on test images"
     n = reference["features"] is not None and min(len(images), len(reference["features"]))
-    if run and test:
+    if run and test and run.model.cfg.order == "frequency":
         rows["generated"]["band_variances"] = band_variances(run, test, seed=args.seed, **args.sampling)
     return rows, {"features": f"{network.name}, {len(reference['mu'])} numbers{right}", "reference": origin,
                   "precision, recall": f"k = 3, {n} images against {n}" if n else "need reference images",

@@ -34,6 +34,9 @@ LAYOUTS = {
     "band":  dict(grid="band",      target="band",                  context="all",
                   predict="v", input_noise=0.4, loss_weight="uniform", guidance="constant", temperature_curve="constant"),
 }
+# The baseline of mar.py: no bands, tokens by position
+LAYOUTS["random"] = dict(order="random", grid="full", target="full", context="last", predict="v", input_noise=0.0, mask="truncnorm")
+LAYOUTS["raster"] = dict(LAYOUTS["random"], order="raster")
 
 
 @dataclass
@@ -44,6 +47,7 @@ class FARConfig:
     n_class: int = 10
     text_dim: int = 0                 # width of the text vectors of a text-conditioned model, 0 for classes
     # the layout (see LAYOUTS)
+    order: str = "frequency"          # of the autoregression; random or raster: the baseline of mar.py
     grid: str = "band"                # full: every band is H x H tokens; band: band l is k_l x k_l tokens
     target: str = "band"              # full: the head learns x; band: it learns x^l on its own grid, to unit variance
     context: str = "all"              # last: the transformer sees x^{l-1}; all: x^1 ... x^{l-1}, under the band-causal mask
@@ -71,7 +75,7 @@ class FARConfig:
 
     def __post_init__(self):
         self.bands = tuple(self.bands)
-        choices = dict(grid=("full", "band"), target=("full", "band"), context=("last", "all"), lowpass=("spatial", "fft"),
+        choices = dict(order=("frequency", "random", "raster"), grid=("full", "band"), target=("full", "band"), context=("last", "all"), lowpass=("spatial", "fft"),
                        schedule=("cosine", "linear"), predict=("v", "eps"), loss_weight=tuple(LOSS_WEIGHTS), mask=MASKS,
                        guidance=("constant", "linear"), temperature_curve=("constant", "cosine"))
         for name, known in choices.items():
@@ -583,12 +587,14 @@ def default_bands(latent_size, layout):
     """The band list of a layout: every cut-off 1..H for the paper's, powers of two up to H for ours."""
     if layout == "paper":
         return tuple(range(1, latent_size + 1))
+    if layout in ("random", "raster"):
+        return (latent_size,)
     return tuple(2 ** i for i in range(int(math.log2(latent_size)) + 1) if 2 ** i < latent_size) + (latent_size,)
 
 
 def sampling_defaults(cfg):
     """How a model is sampled unless told otherwise: the released procedure for the paper's layout, few steps for ours."""
-    if cfg.context == "last" and cfg.target == "full":
+    if cfg.order == "frequency" and cfg.context == "last" and cfg.target == "full":
         return dict(bands=paper_sampling_bands(cfg.latent_size), sampler="ddpm", steps=(100, 100), cfg_scale=1.0)
     return dict(bands=cfg.bands, sampler="dpmpp", steps=(10, 10), cfg_scale=1.5)
 

@@ -23,8 +23,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import InputError, OneLineParser, command_line, load_checkpoint, pick_device, write_atomically
-from far import (FAR, LAYOUTS, PRESETS, SAMPLERS, FARConfig, check_bands, default_bands, guidance_weights, linear_steps,
+from far import (LAYOUTS, PRESETS, SAMPLERS, FARConfig, check_bands, default_bands, guidance_weights, linear_steps,
                  sampling_defaults)
+from mar import make_model
 from published import load_published_far
 from tokenizer import autocast, faster_dtype, load_exactly, load_tokenizer, reconstruct, to_uint8
 
@@ -38,7 +39,7 @@ def load_run(path, device="cpu", ema=True, tokenizer=None):
     path = os.path.join(path, "far.pt") if os.path.isdir(path) else path
     checkpoint = load_checkpoint(path, allow=[argparse.Namespace])
     if isinstance(checkpoint, dict) and checkpoint.get("kind") == "far":
-        model = FAR(FARConfig(**checkpoint["config"]))
+        model = make_model(FARConfig(**checkpoint["config"]))
         load_exactly(model, checkpoint["ema" if ema else "model"], path)
         data, step = checkpoint["data"], checkpoint["step"]
     else:
@@ -162,6 +163,10 @@ def sampling_settings(args, cfg):
         check_bands(settings["bands"], cfg.latent_size)
     except ValueError as error:
         raise InputError(f"--bands: {error}")
+    if cfg.order != "frequency":
+        settings["ar_steps"] = args.ar_steps or 8
+    elif args.ar_steps:
+        raise InputError("--ar-steps is for models in random or raster order; the steps of this one are its --bands")
     return dict(settings, temperature=args.temperature)
 
 
@@ -192,7 +197,7 @@ def time_sampling(job):
     """One row of the benchmark, in a process of its own so that its peak memory is its own. job: dict -> (seconds, MiB)."""
     device = pick_device(job["device"])
     torch.manual_seed(0)
-    model = load_run(job["ckpt"], device).model if job["ckpt"] else FAR(FARConfig(**job["config"])).eval().to(device)
+    model = load_run(job["ckpt"], device).model if job["ckpt"] else make_model(FARConfig(**job["config"])).eval().to(device)
     labels = (torch.arange(job["n"]) % model.cfg.n_class).to(device)
     start = 0.0
     for warm_up in (True, False):
@@ -218,7 +223,7 @@ def benchmark(args):
         layouts = {"paper" if cfg.grid == "full" else "band": asdict(cfg)}
     elif args.benchmark in PRESETS:
         base = dict(latent_size=16, latent_dim=16, n_class=1000)
-        layouts = {name: asdict(FARConfig(**base, **PRESETS[args.benchmark], **LAYOUTS[name], bands=default_bands(16, name))) for name in LAYOUTS}
+        layouts = {name: asdict(FARConfig(**base, **PRESETS[args.benchmark], **LAYOUTS[name], bands=default_bands(16, name))) for name in ("paper", "band")}
     else:
         raise InputError(f"--benchmark {args.benchmark} is not known; there are {', '.join(PRESETS)}")
     print(f"{args.ckpt or args.benchmark}, {n} images at once, {device}, {torch.get_num_threads()} threads, guidance 3, without decoding\n\n"
@@ -254,6 +259,7 @@ def get_args():
     add("--sampler", help="of the diffusion head: ddpm, ddim or dpmpp")
     add("--temperature", type=float, default=1.0, help="scale of the noise: below 1 plainer, above 1 wilder")
     add("--bands", type=whole_numbers, help="the ladder to climb, e.g. 1,2,4,8; by default the model's")
+    add("--ar-steps", type=int, help="autoregressive steps of the baseline of mar.py; FAR has one per band")
     add("--masked", action="store_true", help="hide random tokens of every band from the encoder, for variety")
     add("--no-ema", action="store_true", help="the raw weights instead of their average")
     # where

@@ -25,6 +25,7 @@ from common import InputError, load_checkpoint, previous, save_checkpoint, write
 from diffusion import SAMPLERS, Chain, DiffusionHead, alphas_cumprod, n_noise, sampling_times
 from far import (FAR, LAYOUTS, PRESETS, FARConfig, Randomness, band_causal_mask, default_bands, lowpass, lowpass_matrices,
                  mask_ratio, paper_sampling_bands)
+from mar import make_model
 from published import load_published_far, our_name
 from tokenizer import AutoencoderKL, TokenizerConfig, epoch_indices, load_tokenizer
 
@@ -326,6 +327,26 @@ def test_masked_sampling_gives_other_images_that_repeat(layout):
     model, labels = small(layout, mask="linear"), torch.tensor([0, 1])
     draw = lambda **more: model.sample(labels, steps=(2, 2), cfg_scale=2.0, **more)[-1]
     assert torch.equal(draw(masked=True), draw(masked=True)) and not torch.allclose(draw(masked=True), draw(), atol=1e-3)
+
+
+@pytest.mark.parametrize("order", ["random", "raster"])
+def test_the_baseline_draws_every_token_once_and_learns(order):
+    torch.manual_seed(0)
+    model = make_model(FARConfig(**{**SMALL, **LAYOUTS[order], **dict(width=64, latent_size=4, latent_dim=4, bands=(4,), label_drop=0.0)}))
+    x, labels = torch.randn(4, 4, 4, 4), torch.arange(4)
+    optimizer, history = torch.optim.AdamW(model.parameters(), 3e-3), []
+    for step in range(150):
+        loss, _ = model(x.repeat(8, 1, 1, 1), Randomness(0, step), labels.repeat(8))
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+        history.append(loss.item())
+    assert np.mean(history[-20:]) < 0.5 * np.mean(history[:5])
+    for steps in (1, 5, 16, 99):
+        drawn = model.sample(labels, ar_steps=steps, steps=(4, 4), cfg_scale=2.0)
+        known = [(step != 0).all(dim=1).flatten(1).sum(dim=1) for step in drawn]
+        assert len(drawn) == min(steps, 16) and (known[-1] == 16).all() and all((a < b).all() for a, b in zip(known, known[1:]))
+        assert all(torch.equal(a[a != 0], b[a != 0]) for a, b in zip(drawn, drawn[1:])), "a token was drawn twice"
+    repeated = model.sample(labels[:2], ar_steps=5, steps=(4, 4))[-1]
+    assert torch.allclose(repeated, model.sample(labels, ar_steps=5, steps=(4, 4))[-1][:2], atol=1e-4)
 
 
 def test_sampling_climbs_the_bands_that_training_showed():
@@ -735,7 +756,7 @@ def test_latents_are_cached_once_and_continue_where_they_were_interrupted(mini, 
 
 
 BAD_TRAIN = {
-    "unknown model": (["--model", "far_q"], "far_nano"), "unknown layout": (["--layout", "x"], "paper, band"),
+    "unknown model": (["--model", "far_q"], "far_nano"), "unknown layout": (["--layout", "x"], "paper, band, random, raster"),
     "unknown data": (["--data", "cifar11"], "cifar10"), "unknown flag": (["--nope"], "--nope"),
     "unknown field": (["--set", "wdth=3"], "width"), "bad value": (["--set", "width=abc"], "not a valid int"),
     "size and stride": (["--size", "18"], "multiple of"), "stride": (["--stride", "5"], "4, 8 or 16"),

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from common import InputError, OneLineParser, command_line, load_checkpoint, pick_device, previous, save_checkpoint, write_atomically
 from data import load_data
-from far import FAR, LAYOUTS, PRESETS, FARConfig, Randomness, default_bands
+from far import LAYOUTS, PRESETS, FARConfig, Randomness, default_bands
+from mar import make_model
 from sample import save_reconstructions, save_samples
 from tokenizer import STEPS as TOKENIZER_STEPS
 from tokenizer import (autocast, cache_latents, default_config, epoch_indices, faster_dtype, held_out_psnr, is_trained, load_tokenizer,
@@ -48,7 +49,7 @@ def get_args():
     add("--tokenizer-steps", type=int, help=f"optimizer steps of a new tokenizer ({TOKENIZER_STEPS}, fewer if --steps is below a tenth)")
     # the model
     add("--model", default="far_tiny", help=f"size: {', '.join(PRESETS)}")
-    add("--layout", default="band", help="band (ours) or paper (the released method)")
+    add("--layout", default="band", help="band (ours), paper (the released method), random or raster (the baseline of mar.py)")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="change single fields of FARConfig, e.g. bands=1,2,4,8 lowpass=fft")
     # the run
     add("--out", help="folder of the run; by default runs/DATA_MODEL")
@@ -264,7 +265,7 @@ def main():
     recipe = make_recipe(args, len(data), world)
     # a quick check of a model, --steps 2, gets a quick tokenizer; its file name carries its steps
     tokenizer_steps = args.tokenizer_steps or min(TOKENIZER_STEPS, 10 * recipe["steps"])
-    out = args.out or os.path.join("runs", f"{data.name}_{args.model}" + ("_paper" if args.layout == "paper" else ""))
+    out = args.out or os.path.join("runs", f"{data.name}_{args.model}" + ("" if args.layout == "band" else f"_{args.layout}"))
     os.makedirs(out, exist_ok=True)
     lock = lock_folder(out) if rank == 0 else None                       # held until the process ends
     effective = recipe["batch"] * args.accum * world
@@ -274,7 +275,7 @@ def main():
     start = before["step"] if before else 0
     args.dtype = args.dtype or (before["dtype"] if before else faster_dtype(device))
     torch.manual_seed(args.seed)
-    model = FAR(cfg).to(device)
+    model = make_model(cfg).to(device)
     say(f"{data.name}: {len(data):,} images of {data.size} px, {data.n_class} classes. {args.model}, {args.layout} layout: "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, bands {','.join(map(str, cfg.bands))}, on {device}, {args.dtype}")
     say(f"{recipe['steps']:,} steps of {effective} images ({recipe['batch']} a device x {args.accum} accumulated "
