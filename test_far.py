@@ -284,8 +284,9 @@ def test_temperature_zero_of_ddpm_uses_no_noise_after_the_first():
 
 @pytest.mark.parametrize("layout", ["band", "paper"])
 @pytest.mark.parametrize("mask", ["none", "linear", "truncnorm"])
-def test_every_parameter_that_is_used_gets_a_gradient(layout, mask):
-    model = small(layout, mask=mask, label_drop=0.5, size=4).train()
+@pytest.mark.parametrize("kind", ["spatial", "fft"])
+def test_every_parameter_that_is_used_gets_a_gradient(layout, mask, kind):
+    model = small(layout, mask=mask, lowpass=kind, label_drop=0.5, size=4).train()
     loss, bands = model(torch.randn(16, 4, 4, 4), Randomness(0, 0), torch.randint(0, 10, (16,)))
     loss.backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
@@ -513,8 +514,9 @@ def published_names(cfg):
     return names
 
 
-def test_the_authors_file_format_loads_whole(tmp_path):
-    path, model, _ = published(tmp_path, n_head=4)
+@pytest.mark.parametrize("head_width,head_depth", [(32, 2), (48, 3)])
+def test_the_authors_file_format_loads_whole(tmp_path, head_width, head_depth):
+    path, model, _ = published(tmp_path, n_head=4, head_width=head_width, head_depth=head_depth)
     loaded = load_published_far(path, n_head=4)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
     raw = load_published_far(path, ema=False, n_head=4)
@@ -788,6 +790,9 @@ def test_train_refuses_folders_that_are_not_its_own(mini, mini_run, cli):
     save_tokenizer(grey, AutoencoderKL(TokenizerConfig(image_channels=1, image_size=16, patch=4, mult=(1,))))
     code, _, line = cli("train", *arguments, "--tokenizer", grey, "--out", root / "other")
     assert code == 2 and "1-channel" in line
+    save_tokenizer(grey, AutoencoderKL(TokenizerConfig(image_channels=3, image_size=32, patch=4, mult=(1,))))
+    code, _, line = cli("train", *arguments, "--tokenizer", grey, "--out", root / "other")
+    assert code == 2 and "trained for images of 32 px" in line
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice(mini, cli, tmp_path, monkeypatch):

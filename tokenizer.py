@@ -363,7 +363,7 @@ def save_tokenizer(path, tokenizer, **more):
 STEPS = 4000
 
 
-def train_tokenizer(data, cfg, path, steps=STEPS, batch=32, lr=None, kl_weight=1e-2, seed=0, device="cpu", dtype="fp32",
+def train_tokenizer(data, cfg, path, steps=STEPS, batch=None, lr=None, kl_weight=1e-2, seed=0, device="cpu", dtype="fp32",
                     save_every=500):
     """
     Train a tokenizer on `data` and leave it at `path`, with its latent scale. An interrupted training continues from
@@ -371,7 +371,7 @@ def train_tokenizer(data, cfg, path, steps=STEPS, batch=32, lr=None, kl_weight=1
     """
     torch.manual_seed(seed)
     tokenizer = AutoencoderKL(cfg).to(device)
-    lr = lr or (4e-3 if cfg.shortcut else 2e-4)                          # the small network; the published one
+    batch, lr = batch or (32 if cfg.shortcut else 8), lr or (4e-3 if cfg.shortcut else 2e-4)    # the small network, or the published one
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
     identity = dict(config=asdict(cfg), data=dict(name=data.name, size=data.size, channels=data.channels, fingerprint=data.fingerprint),
                     steps=steps, batch=batch, lr=lr, kl_weight=kl_weight, seed=seed)
@@ -479,7 +479,7 @@ def main():
     add("--stride", type=int, help="pixels per token side: 4, 8 or 16; by default it follows the size")
     add("--latent-dim", type=int, help="channels of a token; by default 8, 32 or 64 for stride 4, 8, 16")
     add("--steps", type=int, default=STEPS, help="optimizer steps")
-    add("--batch", type=int, default=32, help="images per step")
+    add("--batch", type=int, help="images per step; by default 32, 8 for the large network above 64 px")
     add("--lr", type=float, help="learning rate; by default 4e-3, 2e-4 for the large network above 64 px")
     add("--kl-weight", type=float, default=1e-2, help="of the divergence from a unit Gaussian, per pixel")
     add("--seed", type=int, default=0, help="of weights, order and noise")

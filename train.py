@@ -116,6 +116,8 @@ def fit_tokenizer(cfg, data, path):
     """The given tokenizer's config at the data's size; raises InputError if it cannot encode this data."""
     if cfg.image_channels != data.channels:
         raise InputError(f"{path} is for {cfg.image_channels}-channel images, {data.name} has {data.channels}")
+    if cfg.shortcut and cfg.image_size != data.size:                     # the published network takes any size
+        raise InputError(f"{path} was trained for images of {cfg.image_size} px, {data.name} has {data.size}: train one for this size")
     if data.size % cfg.stride:
         raise InputError(f"images of {data.size} px are not a multiple of the stride {cfg.stride} of {path}")
     return replace(cfg, image_size=data.size)
