@@ -4,10 +4,16 @@ What every script shares: errors a user can act on, the device, and files that a
 import argparse
 import os
 import pickle
+import signal
 import sys
 import zipfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 
 class InputError(ValueError):
@@ -15,9 +21,12 @@ class InputError(ValueError):
 
 
 def command_line(main):
-    """Run a script's `main()`. Bad input ends as one line on stderr and exit code 2, Ctrl-C as exit code 130."""
+    """Run a script's `main()`. Bad input ends as one line on stderr and exit code 2, Ctrl-C and SIGTERM as exit code 130."""
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except InputError as error:
         sys.exit(print(f"error: {' '.join(str(error).split())}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
@@ -42,6 +51,63 @@ def pick_device(name=None):
     return torch.device(name)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes, started by torchrun: each works on its share, process 0 writes
+
+def join_processes(device):
+    """Meet the other processes of torchrun, if there are any: this one's rank, their number, and its device."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        # process 0 may train a tokenizer or a classifier while the others wait
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
+    return rank, world, device
+
+
+def rank_and_world():
+    """This process's number and how many there are: (0, 1) for a single one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier():
+    """Wait until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def first_process_first():
+    """Process 0 runs the block before the others do, so that they find what it leaves on the disk."""
+    rank, _ = rank_and_world()
+    if rank:
+        barrier()
+    yield
+    if not rank:
+        barrier()
+
+
+def loader_threads():
+    """Threads that decode images: this process's share of the machine's cores, at most 8."""
+    return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def prefetch(function, items, ahead=2):
+    """function(item) of every item in order; a thread prepares the next ones while the caller works on one."""
+    waiting = deque()
+    with ThreadPoolExecutor(1) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
 def write_atomically(path, write):
     """
     Call `write(file)` on a temporary file beside `path`, then rename it into place: a reader, or a crash at any
@@ -61,10 +127,19 @@ def write_atomically(path, write):
 
 
 def save_checkpoint(path, content):
-    """Save a dict of tensors and plain types atomically; the file it replaces stays beside it as NAME.prev.pt."""
+    """
+    Save a dict of tensors and plain types atomically; the file it replaces stays beside it as NAME.prev.pt. Whenever the
+    process dies, there is a whole file at `path`, the old one or the new one.
+    """
     write_atomically(f"{path}.new", lambda file: torch.save(content, file))
     if os.path.exists(path):
-        os.replace(path, previous(path))
+        try:                                       # a second name for the old file, so that it is never away
+            if os.path.exists(f"{path}.old"):
+                os.remove(f"{path}.old")
+            os.link(path, f"{path}.old")
+            os.replace(f"{path}.old", previous(path))
+        except OSError:                            # a file system without links: for a moment only NAME.prev.pt is there
+            os.replace(path, previous(path))
     os.replace(f"{path}.new", path)
 
 

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import math
 import os
+import shutil
 import time
 from dataclasses import asdict, dataclass
 
@@ -24,8 +25,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import InputError, OneLineParser, command_line, load_checkpoint, pick_device, save_checkpoint, write_atomically
-from data import load_data
+from common import (InputError, OneLineParser, barrier, command_line, load_checkpoint, loader_threads, pick_device, prefetch,
+                    rank_and_world, save_checkpoint, write_atomically)
+from data import load_data, reading
 
 
 @dataclass
@@ -304,15 +306,18 @@ def measure_latent_scale(tokenizer, data, seed=0, n=2048):
 def load_tokenizer(path):
     """A tokenizer in eval mode from our tokenizer.pt or from the published kl16.ckpt. Raises InputError."""
     content = load_checkpoint(path)
-    if content.get("kind") == "tokenizer":
-        if content["step"] < content["steps"]:
-            raise InputError(f"the training of {path} was interrupted at step {content['step']} of {content['steps']}: "
-                             "run the command that trained it again to finish it")
-        tokenizer = AutoencoderKL(TokenizerConfig(**content["config"]))
-        tokenizer.load_state_dict(content["model"])
-        tokenizer.latent_scale.fill_(content["latent_scale"])
-    else:
-        tokenizer = load_published(content, path)
+    with reading(path):
+        if isinstance(content, dict) and content.get("kind") == "tokenizer":
+            if content["step"] < content["steps"]:
+                raise InputError(f"the training of {path} was interrupted at step {content['step']} of {content['steps']}: "
+                                 "run the command that trained it again to finish it")
+            tokenizer = AutoencoderKL(TokenizerConfig(**content["config"]))
+            load_exactly(tokenizer, content["model"], path)
+            tokenizer.latent_scale.fill_(content["latent_scale"])
+        else:
+            tokenizer = load_published(content, path)
+        if not all(torch.isfinite(value).all() for value in tokenizer.state_dict().values()) or not tokenizer.latent_scale > 0:
+            raise InputError(f"{path} holds weights that are not finite, or no latent scale: train it again")
     return tokenizer.eval().requires_grad_(False)
 
 
@@ -351,7 +356,11 @@ def tokenizer_path(data_dir, data, cfg, steps):
 
 def is_trained(path):
     """Whether there is a finished tokenizer of ours at `path`."""
-    return os.path.exists(path) and (content := load_checkpoint(path, "tokenizer"))["step"] == content["steps"]
+    if not os.path.exists(path):
+        return False
+    content = load_checkpoint(path, "tokenizer")
+    with reading(path):
+        return content["step"] == content["steps"]
 
 
 def save_tokenizer(path, tokenizer, **more):
@@ -378,17 +387,19 @@ def train_tokenizer(data, cfg, path, steps=STEPS, batch=None, lr=None, kl_weight
     start = 0
     if os.path.exists(path):
         before = load_checkpoint(path, "tokenizer")
-        if any(before[key] != value for key, value in identity.items()):
-            raise InputError(f"{path} belongs to another tokenizer training; choose another place or delete it")
-        tokenizer.load_state_dict(before["model"])
-        optimizer.load_state_dict(before["optimizer"])
-        start = before["step"]
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc="tokenizer", unit="step")
-    for step in bar:
+        with reading(path):
+            if any(before[key] != value for key, value in identity.items()):
+                raise InputError(f"{path} belongs to another tokenizer training; choose another place or delete it")
+            tokenizer.load_state_dict(before["model"])
+            optimizer.load_state_dict(before["optimizer"])
+            start = before["step"]
+    batches = prefetch(data.batch, (epoch_indices(step * batch, batch, len(data), seed) for step in range(start, steps)))
+    bar = tqdm(zip(range(start, steps), batches), initial=start, total=steps, desc="tokenizer", unit="step")
+    for step, images in bar:
         rate = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        images = to_unit(data.batch(epoch_indices(step * batch, batch, len(data), seed)).to(device))
+        images = to_unit(images.to(device))
         generator = step_generator(seed, step, device)
         if data.flip:
             mirror = torch.rand(len(images), 1, 1, 1, generator=generator, device=device) < 0.5
@@ -399,7 +410,9 @@ def train_tokenizer(data, cfg, path, steps=STEPS, batch=None, lr=None, kl_weight
         loss.backward()
         norm = nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
         if not torch.isfinite(norm):
-            raise InputError(f"the tokenizer's loss is not finite at step {step}: try --dtype fp32, or a lower learning rate")
+            indices = epoch_indices(step * batch, batch, len(data), seed).tolist()
+            raise InputError(f"the tokenizer's loss or its gradient is not finite at step {step} (images {indices[:8]}...): "
+                             f"try --dtype fp32, or a lower learning rate; {path} holds what was saved before, if anything")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 20 == 0:
@@ -430,42 +443,59 @@ def fingerprint(tokenizer):
 
 
 @torch.inference_mode()
-def cache_latents(tokenizer, data, folder, device="cpu", dtype="fp32", batch=128, flush_every=100):
+def cache_latents(tokenizer, data, folder, device="cpu", dtype="fp32", batch=128, flush_every=16):
     """
     Encode the data set once: a float16 memory map (N, views, 2, C, H, H) of means and log-variances, `views` 2 where a
     mirrored image is as good (then the mirrored one is the second), else 1. Its name carries the fingerprints of data
-    and tokenizer, so a changed one is noticed; an interrupted caching continues. Memory does not grow with N.
+    and tokenizer, so a changed one is noticed. Memory does not grow with N. An interrupted caching continues, and several
+    processes share the work: parts of flush_every batches, each noted in a folder once it is on the disk.
     """
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"latents_{data.name}_{data.size}_{data.fingerprint}_{fingerprint(tokenizer)}.npy")
     if os.path.exists(path):
         return np.load(path, mmap_mode="r")
     views, size = 2 if data.flip else 1, tokenizer.cfg.latent_size
-    shape, partial, done_file = (len(data), views, 2, tokenizer.cfg.latent_dim, size, size), f"{path}.partial", f"{path}.done"
-    start = 0
-    if os.path.exists(partial) and os.path.exists(done_file):
-        with open(done_file) as file:
-            start = int(file.read())
-    latents = np.lib.format.open_memmap(partial, "r+" if start else "w+", np.float16, None if start else shape)
-    bar = tqdm(total=len(data), initial=start, desc="latents", unit="img")
-    for count, indices in enumerate(torch.arange(start, len(data)).split(batch)):
-        images = to_unit(data.batch(indices).to(device))
-        for view in range(views):
+    shape, partial, done = (len(data), views, 2, tokenizer.cfg.latent_dim, size, size), f"{path}.partial", f"{path}.done"
+    rank, world = rank_and_world()
+    parts = torch.arange(len(data)).split(batch * flush_every)
+    note = lambda part: os.path.join(done, f"{part[0]}-{part[-1]}")
+    if rank == 0:
+        if not (os.path.isdir(done) and os.path.exists(partial)):
+            shutil.rmtree(done, ignore_errors=True)
+            np.lib.format.open_memmap(partial, "w+", np.float16, shape)  # the header, and room for the rest
+            os.makedirs(done)
+    barrier()
+    offset, row = np.load(partial, mmap_mode="r").offset, math.prod(shape[1:]) * 2        # bytes: of the header, of an image
+    mine = [part for part in parts[rank::world] if not os.path.exists(note(part))]
+    batches = [indices for part in mine for indices in part.split(batch)]
+    ends = {int(part[-1]): part for part in mine}
+    bar = tqdm(total=sum(map(len, parts[rank::world])), initial=sum(map(len, parts[rank::world])) - sum(map(len, mine)),
+               desc="latents", unit="img", disable=rank > 0)
+    with open(partial, "r+b") as file:
+        for indices, images in zip(batches, prefetch(data.batch, batches)):
+            images = to_unit(images.to(device))
             with autocast(device, dtype):
-                moments = torch.stack(tokenizer.encode(images.flip(-1) if view else images), dim=1)
+                moments = torch.stack([torch.stack(tokenizer.encode(images.flip(-1) if view else images), dim=1)
+                                       for view in range(views)], dim=1).half().cpu()    # (B, views, 2, C, H, H)
             if not torch.isfinite(moments).all():
-                raise InputError(f"the tokenizer gives non-finite latents for images {indices[0]} to {indices[-1]} of {data.name}")
-            latents[indices[0]:indices[-1] + 1, view] = moments.float().cpu().numpy()
-        bar.update(len(indices))
-        if (count + 1) % flush_every == 0:
-            latents.flush()
-            write_atomically(done_file, lambda file: file.write(str(int(indices[-1]) + 1).encode()))
+                raise InputError(f"the tokenizer gives non-finite latents for images {indices[0]} to {indices[-1]} of {data.name}: "
+                                 "try --dtype fp32, or train it anew")
+            try:                                   # written, not mapped: a full disk is then an error, not a crash
+                file.seek(offset + int(indices[0]) * row)
+                file.write(moments.numpy().tobytes())
+                if int(indices[-1]) in ends:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    open(note(ends[int(indices[-1])]), "w").close()
+            except OSError as error:
+                raise InputError(f"could not write {partial} ({error.strerror}); make room, the same command continues")
+            bar.update(len(indices))
     bar.close()
-    latents.flush()
-    del latents
-    os.replace(partial, path)
-    if os.path.exists(done_file):
-        os.remove(done_file)
+    barrier()
+    if rank == 0:
+        os.replace(partial, path)
+        shutil.rmtree(done, ignore_errors=True)
+    barrier()
     return np.load(path, mmap_mode="r")
 
 
@@ -489,7 +519,7 @@ def main():
     args = parser.parse_args()
     device = pick_device(args.device)
     args.dtype = args.dtype or faster_dtype(device)
-    data, held_out = (load_data(args.data, args.size, args.data_dir, split, args.skip_bad) for split in ("train", "test"))
+    data, held_out = (load_data(args.data, args.size, args.data_dir, split, args.skip_bad, workers=loader_threads()) for split in ("train", "test"))
     cfg = default_config(data.size, data.channels, args.stride, args.latent_dim)
     path = args.out or tokenizer_path(args.data_dir, data, cfg, args.steps)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

@@ -6,7 +6,7 @@ Train FAR: data -> tokenizer (trained if there is none) -> latents (cached once)
     python train.py --data cifar10 --model far_s             # one GPU
     python train.py --data ~/photos --size 256 --model far_b # a folder of images, subfolders are classes
     python train.py --layout paper                           # the method as released by the authors
-    torchrun --nproc_per_node 8 train.py --data ...          # several GPUs
+    torchrun --nproc_per_node 8 train.py --data ...          # several GPUs; --fsdp if the model does not fit into one
 
 Everything lands in --out. The same command again continues where the last one stopped.
 """
@@ -18,21 +18,23 @@ import time
 from argparse import RawDescriptionHelpFormatter
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
-from datetime import timedelta
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from common import InputError, OneLineParser, command_line, load_checkpoint, pick_device, previous, save_checkpoint, write_atomically
-from data import load_data
+from common import (InputError, OneLineParser, barrier, command_line, first_process_first, join_processes, load_checkpoint,
+                    loader_threads, pick_device, previous, save_checkpoint, write_atomically)
+from data import load_data, reading
 from far import LAYOUTS, PRESETS, FARConfig, Randomness, default_bands
 from mar import make_model
 from sample import save_reconstructions, save_samples
 from tokenizer import STEPS as TOKENIZER_STEPS
-from tokenizer import (autocast, cache_latents, default_config, epoch_indices, faster_dtype, held_out_psnr, is_trained, load_tokenizer,
-                       save_tokenizer, tokenizer_path, train_tokenizer)
+from tokenizer import (autocast, cache_latents, default_config, epoch_indices, faster_dtype, held_out_psnr, is_trained, load_exactly,
+                       load_tokenizer, save_tokenizer, tokenizer_path, train_tokenizer)
 
 
 def get_args():
@@ -61,6 +63,8 @@ def get_args():
     add("--device", help="cuda, mps or cpu; by default the best there is")
     add("--dtype", choices=("bf16", "fp32"), help="arithmetic of the networks; by default the faster one here")
     add("--compile", action="store_true", help="torch.compile the model: slower start, faster steps on a GPU")
+    add("--fsdp", action="store_true", help="under torchrun: every process holds its share of weights, average and optimizer (FSDP2)")
+    add("--checkpoint-activations", action="store_true", help="compute blocks again going backward: less memory, a third more work")
     add("--save-every", type=int, default=500, help="steps between checkpoints, and between pictures")
     return parser.parse_args()
 
@@ -105,10 +109,9 @@ def get_tokenizer(args, data, cfg, steps, device, rank):
     if rank == 0 and not is_trained(path):
         os.makedirs(args.data_dir, exist_ok=True)
         tokenizer = train_tokenizer(data, cfg, path, steps, seed=args.seed, device=device, dtype=args.dtype)
-        held_out = load_data(args.data, args.size, args.data_dir, "test", skip_bad=args.skip_bad)
+        held_out = load_data(args.data, args.size, args.data_dir, "test", args.skip_bad, workers=loader_threads())
         print(f"tokenizer: {held_out_psnr(tokenizer, held_out, dtype=args.dtype):.1f} dB PSNR on held-out images ({path})")
-    if dist.is_initialized():
-        dist.barrier()
+    barrier()
     return load_tokenizer(path)
 
 
@@ -201,14 +204,23 @@ def lock_folder(out):
     return lock
 
 
-def resume_point(path, run):
+CONTENT = dict(step=int, run=dict, dtype=str, config=dict, model=dict, ema=dict, optimizer=dict, data=dict)    # of a checkpoint
+
+
+def resume_point(path, run, rank=0):
     """The last whole checkpoint of this run at `path`, or None. A damaged one falls back to the one before, with a warning."""
     for candidate in (path, previous(path)):
         if os.path.exists(candidate):
             try:
                 found = load_checkpoint(candidate, "far")
+                wrong = [key for key, kind in CONTENT.items() if not isinstance(found.get(key), kind)]
+                if wrong:
+                    raise InputError(f"{candidate} is not whole: {', '.join(wrong)} missing or of a wrong type")
             except InputError as error:
                 print(f"WARNING: {error}" + ("; falling back to the one before" if candidate == path else ""))
+                barrier()
+                if rank == 0:                      # out of the way, or the next save would put it in the place of the good one
+                    os.replace(candidate, f"{candidate}.damaged")
                 continue
             changed = [key for key in run if found["run"].get(key) != run[key]]
             if changed:
@@ -219,13 +231,54 @@ def resume_point(path, run):
     return None
 
 
-def mean_over_ranks(rows):
-    """Mean over a list of vectors, entries that are nan left out, and over all processes -> list of floats."""
-    rows = torch.stack(rows)
-    total, count = rows.nansum(0), (~rows.isnan()).sum(0).float()
+def over_processes(value):
+    """The sum of a tensor over all processes."""
+    value = value.clone()
     if dist.is_initialized():
-        dist.all_reduce(total), dist.all_reduce(count)
-    return [None if math.isnan(v) else round(v, 6) for v in (total / count).tolist()]
+        dist.all_reduce(value)
+    return value
+
+
+def means(sums):
+    """sums (2, n), totals and counts -> list of means, None where nothing was counted."""
+    return [None if math.isnan(v) else round(v, 6) for v in (sums[0] / sums[1]).tolist()]
+
+
+# ---- FSDP2: weights, average and optimizer state are DTensors, of which every process holds its rows
+
+def shard(model, dtype):
+    """
+    Share the weights of a FAR among all processes; every block is gathered when it runs. With bf16, blocks are gathered
+    and run in bf16. What is outside of them (embeddings, positions, the head) stays in float32, for casting the whole
+    model's input would round the latents; gradients are added up in float32.
+    """
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32) if dtype == "bf16" else MixedPrecisionPolicy()
+    for block in [*model.encoder, *model.decoder]:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model)
+
+
+def whole(tree, rank):
+    """
+    A state dict with plain tensors in place of shares, so that a checkpoint is the same for any number of processes. All
+    of them must call it; the gathered tensors are on the CPU of process 0, the others get None.
+    """
+    if isinstance(tree, dict):
+        return {key: whole(value, rank) for key, value in tree.items()}
+    if isinstance(tree, DTensor):
+        gathered = tree.full_tensor()
+        return gathered.cpu() if rank == 0 else None
+    return tree
+
+
+def load_optimizer(optimizer, state):
+    """Load a whole optimizer state; where the weights are shares, each process takes its own."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for p, moments in zip(params, state["state"].values()):
+        for name, value in moments.items():
+            if isinstance(p, DTensor) and value.shape == p.shape:
+                moments[name] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+    optimizer.load_state_dict(state)
 
 
 class Metrics:
@@ -237,8 +290,8 @@ class Metrics:
             with open(path, encoding="utf-8", errors="replace") as file:
                 for line in file:
                     try:
-                        kept += [line] if json.loads(line)["step"] <= start else []
-                    except (ValueError, KeyError, TypeError):
+                        kept += [line.rstrip("\n") + "\n"] if json.loads(line)["step"] <= start else []
+                    except (ValueError, KeyError, TypeError, RecursionError):
                         pass                                             # half a line from a crash
         write_atomically(path, lambda file: file.write("".join(kept).encode()))
         self.file = open(path, "a", encoding="utf-8")
@@ -250,17 +303,14 @@ class Metrics:
 
 def main():
     args = get_args()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(args.device)
-    if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
+    rank, world, device = join_processes(pick_device(args.device))
+    if args.fsdp and world == 1:
+        raise InputError("--fsdp shares the model among processes: start it with torchrun --nproc_per_node 2 or more")
     say = print if rank == 0 else (lambda *text: None)
 
     # everything the user gave is looked at before any long work starts
-    data = load_data(args.data, args.size, args.data_dir, skip_bad=args.skip_bad)
+    with first_process_first():                                          # which downloads, or checks every image, once
+        data = load_data(args.data, args.size, args.data_dir, skip_bad=args.skip_bad, workers=loader_threads())
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     tokenizer_cfg = fit_tokenizer(tokenizer.cfg, data, args.tokenizer) if tokenizer else default_config(data.size, data.channels, args.stride)
     cfg = model_config(args, data, tokenizer_cfg)
@@ -273,11 +323,12 @@ def main():
     effective = recipe["batch"] * args.accum * world
     run = dict(config=asdict(cfg), recipe={**recipe, "batch": effective}, seed=args.seed, data=data.fingerprint)
     path = os.path.join(out, "far.pt")
-    before = resume_point(path, run)
+    before = resume_point(path, run, rank)
     start = before["step"] if before else 0
     args.dtype = args.dtype or (before["dtype"] if before else faster_dtype(device))
     torch.manual_seed(args.seed)
     model = make_model(cfg).to(device)
+    model.checkpoint_activations = args.checkpoint_activations
     say(f"{data.name}: {len(data):,} images of {data.size} px, {data.n_class} classes. {args.model}, {args.layout} layout: "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, bands {','.join(map(str, cfg.bands))}, on {device}, {args.dtype}")
     say(f"{recipe['steps']:,} steps of {effective} images ({recipe['batch']} a device x {args.accum} accumulated "
@@ -292,40 +343,57 @@ def main():
     tokenizer = tokenizer.to(device)
     if rank == 0:
         save_tokenizer(os.path.join(out, "tokenizer.pt"), tokenizer)
-        cache_latents(tokenizer, data, args.data_dir, device, args.dtype)
-    if world > 1:
-        dist.barrier()
     latents = cache_latents(tokenizer, data, args.data_dir, device, args.dtype)
     scale = tokenizer.latent_scale.item()
 
     # model, average, optimizer
     model.measure_band_std(draw_latents(latents, torch.arange(min(len(data), 4096)), scale, Randomness(args.seed, 0, device), device))
     ema = deepcopy(model).requires_grad_(False)
-    optimizer = make_optimizer(model, recipe["lr"])
     if before:
-        model.load_state_dict(before["model"])
-        ema.load_state_dict(before["ema"])
-        optimizer.load_state_dict(before["optimizer"])
+        load_exactly(model, before["model"], path)
+        load_exactly(ema, before["ema"], path)
+    if args.fsdp:
+        shard(model, args.dtype), shard(ema, args.dtype)
+    optimizer = make_optimizer(model, recipe["lr"])
+    sums = torch.zeros(2, 1 + len(cfg.bands), device=device)             # of loss and bands since the last line of metrics, and counts
+    if before:
+        with reading(path):
+            load_optimizer(optimizer, before["optimizer"])
+            if rank == 0 and "sums" in before:
+                sums.copy_(before["sums"])
         say(f"continuing from step {start}")
     step_model = torch.compile(model) if args.compile else model
-    if world > 1:
+    if world > 1 and not args.fsdp:
         step_model = torch.nn.parallel.DistributedDataParallel(step_model)
     trained_run = SimpleNamespace(model=ema, tokenizer=tokenizer, device=device, dtype=args.dtype,
                                   data=dict(name=data.name, class_names=data.class_names))
 
     def save(step):
-        save_checkpoint(path, dict(
-            kind="far", step=step, run=run, dtype=args.dtype, config=asdict(cfg), model=model.state_dict(), ema=ema.state_dict(),
-            optimizer=optimizer.state_dict(),
-            data=dict(name=data.name, source=args.data, size=data.size, channels=data.channels, data_dir=args.data_dir,
-                      class_names=data.class_names)))
+        """A collective: all processes call it, process 0 writes."""
+        states = {name: whole(part.state_dict(), rank) for name, part in (("model", model), ("ema", ema), ("optimizer", optimizer))}
+        total = over_processes(sums)
+        if rank == 0:
+            save_checkpoint(path, dict(
+                kind="far", step=step, run=run, dtype=args.dtype, config=asdict(cfg), **states, sums=total,
+                data=dict(name=data.name, source=args.data, size=data.size, channels=data.channels, data_dir=args.data_dir,
+                          class_names=data.class_names)))
+
+    def draw_pictures():
+        """Samples of the average as it is now; a sharded one is gathered first, by all processes."""
+        if args.fsdp:
+            state = whole(ema.state_dict(), rank)
+            if rank == 0:
+                trained_run.model = make_model(cfg).to(device).requires_grad_(False)
+                trained_run.model.load_state_dict(state)
+        if rank == 0:
+            save_samples(trained_run, out, seed=args.seed)
 
     stop = []                                                            # Ctrl-C and SIGTERM: finish the step, save, leave
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.append(1))
     metrics = Metrics(os.path.join(out, "metrics.jsonl"), start) if rank == 0 else None
     bar = tqdm(range(start, recipe["steps"]), initial=start, total=recipe["steps"], desc="FAR", unit="step", disable=rank > 0)
-    rows, waited, interval = [], 0.0, time.time()
+    seen, waited, interval = 0, 0.0, time.time()                         # images, seconds
     for step in bar:
         lr = learning_rate(step, recipe)
         for group in optimizer.param_groups:
@@ -344,8 +412,11 @@ def main():
             with autocast(device, args.dtype):
                 loss, per_band = step_model(x, draw, labels)
             (loss / args.accum).backward()
-            rows.append(torch.cat([loss.detach()[None], per_band]))
+            row = torch.cat([loss.detach()[None], per_band])
+            sums += torch.stack([row.nan_to_num(), (~row.isnan()).float()])
+            seen += recipe["batch"] * world
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+        norm = norm.full_tensor() if args.fsdp else norm
         if not torch.isfinite(norm):
             raise InputError(f"the loss or its gradient is not finite at step {step} (images {indices.tolist()[:8]}...): "
                              f"try --dtype fp32 or a lower --lr; the checkpoint in {out} is from before")
@@ -354,28 +425,31 @@ def main():
         update_ema(ema, model, step)
         done = step + 1
         if done % 50 == 0 or done == recipe["steps"]:
-            seconds, (mean, *bands) = time.time() - interval, mean_over_ranks(rows)
-            values = dict(step=done, loss=mean, bands=bands, lr=lr, grad_norm=norm.item(),
-                          images_per_s=len(rows) * recipe["batch"] * world / seconds, waiting=waited / seconds)
+            seconds, (mean, *bands) = time.time() - interval, means(over_processes(sums))
+            values = dict(step=done, loss=mean, bands=bands, lr=lr, grad_norm=norm.item(), images_per_s=seen / seconds,
+                          waiting=waited / seconds)
             if rank == 0:
                 metrics.write(**values)
             bar.set_postfix_str(f"loss {values['loss']:.3f}, bands {' '.join('-' if v is None else f'{v:.2f}' for v in bands)}, "
                                 f"lr {values['lr']:.1e}, grad {values['grad_norm']:.2f}, {values['images_per_s']:.0f} img/s, "
                                 f"waiting {values['waiting']:.1%}")
-            rows, waited, interval = [], 0.0, time.time()
-        if rank == 0 and (done % args.save_every == 0 or done == recipe["steps"] or stop):
+            seen, waited, interval = 0, 0.0, time.time()
+            sums.zero_()
+        stopping = over_processes(torch.tensor(float(len(stop)), device=device)) > 0 if world > 1 else bool(stop)    # all, or none
+        if done % args.save_every == 0 or done == recipe["steps"] or stopping:
             save(done)
-            if not stop and done < recipe["steps"]:
-                save_samples(trained_run, out, seed=args.seed)
-                interval = time.time()
-        if stop:
+            if not stopping and done < recipe["steps"]:
+                clock = time.time()
+                draw_pictures()
+                interval += time.time() - clock                          # the rate in the log is that of training
+        if stopping:
             say(f"\nstopped after step {done}; it is saved, and the same command continues")
             return
 
+    draw_pictures()
     if rank == 0:
         held_out = load_data(args.data, args.size, args.data_dir, "test", skip_bad=args.skip_bad)
         save_reconstructions(trained_run, held_out, os.path.join(out, "reconstructions.png"))
-        save_samples(trained_run, out, seed=args.seed)
         print(f"pictures: {out}/samples.png, {out}/bands.png, {out}/reconstructions.png\n"
               f"next:     python sample.py --ckpt {out} --n 64")
 
