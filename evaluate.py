@@ -2,6 +2,7 @@
 How good are the images? Frechet distance, Inception score, precision, recall, and how often the label is met.
 
     python evaluate.py --ckpt runs/fashion --n 5000                    sample, then score; run again to go on
+    torchrun --nproc_per_node 8 -- evaluate.py --ckpt runs/in64 ...    every process samples its share
     python evaluate.py --samples made.npz --data fashion_mnist         images made elsewhere (or a folder)
     python evaluate.py --ckpt runs/in64 --n 50000 --features inception FID, IS; --reference: others' .npz
 
@@ -28,18 +29,17 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (InputError, OneLineParser, command_line, load_checkpoint, pick_device, save_checkpoint,
-                    write_atomically)
-from data import find_images, load_data, to_rgb
-from sample import generate, load_run, sampling_settings, whole_numbers
-from tokenizer import to_unit
+from common import (InputError, OneLineParser, command_line, join_processes, load_checkpoint, pick_device,
+                    save_checkpoint, write_atomically)
+from data import find_images, load_data, reading, to_rgb
+from sample import CHUNK, load_run, sample_in_chunks, sampling_settings, whole_numbers
+from tokenizer import load_exactly, to_unit
 
 # A TorchScript copy of TensorFlow's 2015 Inception graph, published with StyleGAN2-ADA. It takes RGB images
 # of 0..255 and resizes them to 299 px by itself, the way the first FID code did: do not resize them before.
 INCEPTION_URL = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
                  "inception-2015-12-05.pt")
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-CHUNK = 250         # generated images per file on disk: the most that an interruption costs
 MOST_PAIRS = 10000  # precision and recall compare all pairs: at most so many images of each set
 
 # ------------------------------------------------------------------------------------------------------------
@@ -187,7 +187,8 @@ def classifier_features(data, device="cpu", data_dir="data", test=None):
         net = Classifier(data.channels, data.size, data.n_class)
     path = os.path.join(data_dir, f"classifier_{data.name}_{data.size}_{data.fingerprint}.pt")
     if os.path.exists(path):
-        net.load_state_dict(load_checkpoint(path, kind="classifier")["state"])
+        with reading(path):
+            load_exactly(net, load_checkpoint(path, kind="classifier")["state"], path)
     else:
         train_classifier(net, data, device)
         os.makedirs(data_dir, exist_ok=True)
@@ -393,39 +394,18 @@ def write_samples(path, images, labels):
 # sampling
 
 
-def generate_images(args, run, indices):
-    """Images of these numbers, uint8 (B, C, S, S): image i has class i % n_class, noise of (seed, i)."""
-    labels = torch.tensor(indices) % len(run.data["class_names"])
-    return generate(run, labels, seed=args.seed, first=indices[0], batch=len(indices), **args.sampling)
-
-
 def sample_run(args, run, folder):
     """
-    args.n images, uint8 (N, C, S, S), their labels, and images per second or None. Chunks found in `folder`
-    are not made again: an interrupted evaluation goes on where it stopped, and --n 50000 goes on from --n
-    5000.
+    args.n images, uint8 (N, C, S, S), image i of class i % n_class with the noise of (seed, i), their labels, and
+    images per second or None. What is found in `folder` is not made again: an interrupted evaluation goes on
+    where it stopped, and --n 50000 goes on from --n 5000. Under torchrun every process makes its share, then
+    process 0 goes on alone.
     """
-    os.makedirs(folder, exist_ok=True)
-    images, labels = None, np.arange(args.n) % len(run.data["class_names"])
-    made, seconds = 0, 0.0
-    with tqdm(total=args.n, desc="sampling", unit="image") as bar:
-        for first in range(0, args.n, CHUNK):
-            indices = range(first, min(first + CHUNK, args.n))
-            path = os.path.join(folder, f"{first:06d}.npz")
-            chunk = ()
-            if os.path.exists(path):
-                chunk, _ = to_images(read_arrays(path), path, run.data["channels"])
-            if len(chunk) < len(indices):
-                start = time.time()
-                chunk = torch.cat([generate_images(args, run, indices[i:i + args.batch])
-                                   for i in range(0, len(indices), args.batch)])
-                made, seconds = made + len(chunk), seconds + time.time() - start
-                write_samples(path, chunk, labels[first:first + len(chunk)])
-            if images is None:
-                images = torch.empty(args.n, *chunk.shape[1:], dtype=torch.uint8)
-            images[first:first + len(indices)] = chunk[:len(indices)]
-            bar.update(len(indices))
-    return images, labels, made / seconds if made else None
+    labels, start = np.arange(args.n) % len(run.data["class_names"]), time.time()
+    images, made = sample_in_chunks(run, torch.from_numpy(labels), folder, args.seed, args.batch, **args.sampling)
+    if images is None:
+        sys.exit(0)
+    return images, labels, made / (time.time() - start) if made else None
 
 
 @torch.inference_mode()
@@ -531,7 +511,10 @@ def get_args():
 
 def evaluate(args):
     """The rows of the table (dicts, see `score`), the protocol (dict of str), and the feature network."""
-    device, rate, data, test, run, sampling = pick_device(args.device), None, None, None, None, args.samples
+    rank, _, device = join_processes(pick_device(args.device))
+    if rank and not args.ckpt:
+        sys.exit(0)                                          # only sampling is shared
+    rate, data, test, run, sampling = None, None, None, None, args.samples
     known = dict(source=args.data, size=None, data_dir="data")
     if args.ckpt:
         images, labels, rate, run, sampling = load_and_sample(args, device)
@@ -561,8 +544,8 @@ def evaluate(args):
             file, mu=reference["mu"], sigma=reference["sigma"], network=np.array(network.name)))
     rows = {"generated": dict(score(images, labels, network, reference), images_per_second=rate)}
     if test:                                                 # what perfect samples, as many, would score
-        test = Pick(test, len(images))
-        rows["real test images"] = dict(score(test, test.labels, network, reference), images_per_second=None)
+        real = Pick(test, len(images))
+        rows["real test images"] = dict(score(real, real.labels, network, reference), images_per_second=None)
     right = "" if network.accuracy is None else f", {network.accuracy:.1%} right on test images"
     n = reference["features"] is not None and min(len(images), len(reference["features"]))
     if run and test and run.model.cfg.order == "frequency":

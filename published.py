@@ -72,7 +72,7 @@ def load_published_far(path, ema=True, n_head=None):
             head_width=weights["diffloss.net.input_proj.weight"].shape[0],
             head_depth=len({name.split(".")[3] for name in weights if name.startswith("diffloss.net.res_blocks.")}),
             **LAYOUTS["paper"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise InputError(f"{path} is neither a checkpoint of this program nor one of FAR's authors ({error})")
     model = FAR(cfg)
     # theirs has no std per band: the head learns x itself

@@ -3,7 +3,8 @@ Draw images from a trained run: a grid, what every band adds, an animation, or a
 
     python sample.py --ckpt runs/shapes_far_tiny                                  # a grid with one column per class
     python sample.py --ckpt runs/fashion_mnist_far_tiny --classes 3,7 --n 16 --cfg 2 --seed 1 --gif
-    python sample.py --ckpt runs/cifar10_far_s --n 50000 --npz                    # (N, H, W, 3) uint8 for evaluators
+    python sample.py --ckpt runs/cifar10_far_s --n 50000 --npz                    # (N, H, W, 3) uint8 for evaluators; resumes
+    torchrun --nproc_per_node 8 -- sample.py ... --npz                            # every process makes its share
     python sample.py --ckpt checkpoint-last.pth --tokenizer kl16.ckpt --classes 207,360 --cfg 3    # the authors' files
 
 The same seed and arguments give the same bytes; image i depends on (seed, i) only, so `--n 8` are the first 8 of `--n 64`.
@@ -11,6 +12,7 @@ The same seed and arguments give the same bytes; image i depends on (seed, i) on
 import argparse
 import math
 import os
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -19,15 +21,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from common import InputError, OneLineParser, command_line, load_checkpoint, pick_device, write_atomically
+from common import (InputError, OneLineParser, command_line, join_processes, load_checkpoint, pick_device, rank_and_world,
+                    write_atomically)
+from data import digest, reading
 from far import (LAYOUTS, PRESETS, SAMPLERS, FARConfig, check_bands, default_bands, guidance_weights, linear_steps,
                  sampling_defaults)
 from mar import make_model
 from published import load_published_far
-from tokenizer import autocast, faster_dtype, load_exactly, load_tokenizer, reconstruct, to_uint8
+from tokenizer import autocast, faster_dtype, fingerprint, load_exactly, load_tokenizer, reconstruct, to_uint8
+
+CHUNK = 250         # images per file on disk while many are made: the most that an interruption costs
+DATA = dict(name=str, source=str, size=int, channels=int, class_names=list, data_dir=str)    # what a checkpoint says of its data
 
 
 def load_run(path, device="cpu", ema=True, tokenizer=None):
@@ -39,9 +47,13 @@ def load_run(path, device="cpu", ema=True, tokenizer=None):
     path = os.path.join(path, "far.pt") if os.path.isdir(path) else path
     checkpoint = load_checkpoint(path, allow=[argparse.Namespace])
     if isinstance(checkpoint, dict) and checkpoint.get("kind") == "far":
-        model = make_model(FARConfig(**checkpoint["config"]))
-        load_exactly(model, checkpoint["ema" if ema else "model"], path)
-        data, step = checkpoint["data"], checkpoint["step"]
+        with reading(path):
+            model = make_model(FARConfig(**checkpoint["config"]))
+            load_exactly(model, checkpoint["ema" if ema else "model"], path)
+            data, step = checkpoint["data"], int(checkpoint["step"])
+            wrong = [key for key, kind in DATA.items() if not isinstance(data[key], kind)]
+            if wrong or len(data["class_names"]) > model.cfg.n_class or checkpoint.get("dtype", "fp32") not in ("bf16", "fp32"):
+                raise ValueError(f"what it says of its data does not fit: {', '.join(wrong) or 'classes or arithmetic'}")
     else:
         model, step = load_published_far(path, ema), None
         data = dict(name="imagenet", source=None, size=16 * model.cfg.latent_size, channels=3, data_dir="data",
@@ -92,6 +104,47 @@ def generate(run, labels=None, text=None, seed=0, first=0, batch=64, every_band=
         rows.append([decode(run, x) for x in (ladder if every_band else ladder[-1:])])
     bands = [torch.cat(band) for band in zip(*rows)]
     return bands if every_band else bands[-1]
+
+
+def sample_in_chunks(run, labels, folder, seed=0, batch=64, **sampling):
+    """
+    Images for labels LongTensor (N,), as uint8 (N, c, S, S), by way of files of CHUNK images in `folder`, and how many were
+    made. A file found there is not made again, so that an interrupted call goes on; of several processes each makes its
+    share, and process 0 returns the images, in order (the others None).
+    """
+    (rank, world), made = rank_and_world(), 0
+    os.makedirs(folder, exist_ok=True)
+    starts = range(0, len(labels), CHUNK)
+    path = lambda first: os.path.join(folder, f"{first:06d}.npy")
+    with tqdm(total=len(starts[rank::world]), desc="sampling", unit=f"x {CHUNK} images", disable=rank > 0) as bar:
+        for first in starts[rank::world]:
+            part = labels[first:first + CHUNK]
+            if len(read_chunk(path(first), run.data)) < len(part):
+                images = generate(run, part, seed=seed, first=first, batch=batch, **sampling)
+                write_atomically(path(first), lambda file: np.save(file, images.numpy()))
+                made += len(part)
+            bar.update(1)
+    if world > 1:                                                        # also waits until all files are there
+        total = torch.tensor(made, device=run.device)
+        dist.all_reduce(total)
+        made = int(total)
+    if rank:
+        return None, made
+    images = torch.empty(len(labels), run.data["channels"], run.data["size"], run.data["size"], dtype=torch.uint8)
+    for first in starts:
+        part = images[first:first + CHUNK]
+        part.copy_(torch.from_numpy(read_chunk(path(first), run.data)[:len(part)]))
+    return images, made
+
+
+def read_chunk(path, data):
+    """Images (n, c, S, S) of a file of `sample_in_chunks`; none if it is not there, or not whole: it is then made again."""
+    try:
+        images = np.load(path, allow_pickle=False)
+        fits = images.dtype == np.uint8 and images.shape[1:] == (data["channels"], data["size"], data["size"])
+    except (OSError, ValueError, EOFError):
+        fits = False
+    return images if fits else np.zeros(0, np.uint8)
 
 
 def to_rgb(images):
@@ -280,7 +333,8 @@ def main():
         return benchmark(args)
     if not args.ckpt:
         raise InputError("--ckpt is needed: the folder of a run, its far.pt, or the authors' checkpoint-last.pth")
-    run = load_run(args.ckpt, pick_device(args.device), not args.no_ema, args.tokenizer)
+    rank, world, device = join_processes(pick_device(args.device))
+    run = load_run(args.ckpt, device, not args.no_ema, args.tokenizer)
     run.dtype = args.dtype or run.dtype
     settings = sampling_settings(args, run.model.cfg)
     classes = args.classes or columns_of(run)
@@ -291,10 +345,17 @@ def main():
         raise InputError(f"--classes: the model has classes 0 to {run.model.cfg.n_class - 1}")
     labels = torch.tensor([classes[i % len(classes)] for i in range(n)])
     out = args.out or os.path.join(args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt), "sample")
+    settings["masked"] = args.masked
+    if args.npz:
+        # the same weights, labels and settings go on in the same folder
+        key = digest(*map(fingerprint, (run.model, run.tokenizer)), settings, classes, args.seed, args.batch, run.dtype)
+        images, _ = sample_in_chunks(run, labels, f"{out}.parts-{key}", args.seed, args.batch, **settings)
+    if rank:
+        return                                                           # the pictures are few: process 0 draws them
     print(f"{n} images: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
-    with tqdm(total=math.ceil(n / args.batch) * len(settings["bands"]), desc="sampling", unit="band") as bar:
-        ladder = generate(run, labels, seed=args.seed, batch=args.batch, every_band=True, bar=bar, masked=args.masked, **settings)
     shown = min(n, 16 * len(classes))
+    with tqdm(total=math.ceil(shown / args.batch) * len(settings["bands"]), desc="pictures", unit="band") as bar:
+        ladder = generate(run, labels[:shown], seed=args.seed, batch=args.batch, every_band=True, bar=bar, **settings)
     save_grid(f"{out}.png", ladder[-1][:shown], min(len(classes), shown))
     save_bands(f"{out}_bands.png", [images[:8] for images in ladder])
     written = [f"{out}.png", f"{out}_bands.png"]
@@ -302,7 +363,8 @@ def main():
         save_gif(f"{out}.gif", [images[:shown] for images in ladder], min(len(classes), shown))
         written.append(f"{out}.gif")
     if args.npz:
-        save_npz(f"{out}.npz", ladder[-1], labels)
+        save_npz(f"{out}.npz", images, labels)
+        shutil.rmtree(f"{out}.parts-{key}")
         written.append(f"{out}.npz")
     names = run.data["class_names"]
     print(f"columns: {', '.join(f'{c} {names[c]}' for c in classes[:24])}\nwritten: {', '.join(written)}")

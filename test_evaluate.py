@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import evaluate
+import sample as sample_py
 from common import InputError, command_line
 from evaluate import (InceptionFeatures, extract, feature_statistics, frechet_distance, inception_score,
                       precision_recall, read_arrays, reference_of, score, to_images, write_samples)
@@ -307,7 +308,7 @@ def test_an_interrupted_evaluation_goes_on_from_the_images_already_made(tmp_path
 
     run = SimpleNamespace(data=dict(source="shapes", size=8, channels=3, class_names=list(range(24)), data_dir="data"),
                           step=1, model=SimpleNamespace(cfg=FARConfig(bands=(1, 2), latent_size=2)))
-    monkeypatch.setattr(evaluate, "generate", generate)
+    monkeypatch.setattr(sample_py, "generate", generate)
     monkeypatch.setattr(evaluate, "load_run", lambda *args, **kwargs: run)
     (tmp_path / "far.pt").write_bytes(b"weights")
     (tmp_path / "tokenizer.pt").write_bytes(b"weights")

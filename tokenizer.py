@@ -316,8 +316,8 @@ def load_tokenizer(path):
             tokenizer.latent_scale.fill_(content["latent_scale"])
         else:
             tokenizer = load_published(content, path)
-        if not all(torch.isfinite(value).all() for value in tokenizer.state_dict().values()) or not tokenizer.latent_scale > 0:
-            raise InputError(f"{path} holds weights that are not finite, or no latent scale: train it again")
+        if not 0 < tokenizer.latent_scale.item() < math.inf:
+            raise ValueError(f"its latent scale is {tokenizer.latent_scale.item()}")
     return tokenizer.eval().requires_grad_(False)
 
 
@@ -339,11 +339,14 @@ def load_published(content, path):
 
 
 def load_exactly(module, weights, path):
-    """load_state_dict that names what is missing, unexpected or of another shape, in one line."""
+    """load_state_dict that names what is missing, unexpected, of another shape or not finite, in one line."""
+    if not (isinstance(weights, dict) and all(torch.is_tensor(value) for value in weights.values())):
+        raise InputError(f"{path} does not fit: its weights are not tensors by name")
     have = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in weights.items()}
     wrong = [f"missing {n}" for n in have if n not in given] + [f"unexpected {n}" for n in given if n not in have] + \
-            [f"{n} is {given[n]}, not {have[n]}" for n in have if n in given and given[n] != have[n]]
+            [f"{n} is {given[n]}, not {have[n]}" for n in have if n in given and given[n] != have[n]] + \
+            [f"{n} is not finite" for n, value in weights.items() if not torch.isfinite(value).all()]
     if wrong:
         raise InputError(f"{path} does not fit: {'; '.join(wrong[:8])}{f' and {len(wrong) - 8} more' if len(wrong) > 8 else ''}")
     module.load_state_dict(weights)
