@@ -10,6 +10,7 @@ import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import fields
 from datetime import timedelta
 
 import torch
@@ -31,6 +32,20 @@ def command_line(main):
         sys.exit(print(f"error: {' '.join(str(error).split())}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("interrupted", file=sys.stderr) or 130)
+
+
+def check_fields(config, most=65536):
+    """
+    Raise ValueError unless every field of a dataclass has the type it is declared with (tuples are of whole numbers), and
+    whole numbers are from 0 to `most`: a damaged file must not make a network that fills the memory.
+    """
+    for field in fields(config):
+        value, kind = getattr(config, field.name), field.type
+        for item in value if kind is tuple else (value,):
+            right = type(item) is (int if kind is tuple else kind) or (kind is float and type(item) is int)
+            if not right or (type(item) is int and not 0 <= item <= most):
+                raise ValueError(f"{field.name} is not {'a list of whole numbers' if kind is tuple else kind.__name__} "
+                                 f"in a sensible range: {item!r}")
 
 
 class OneLineParser(argparse.ArgumentParser):

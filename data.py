@@ -304,7 +304,7 @@ def reading(path):
     except InputError:
         raise
     except Exception as error:                     # damaged files end in a dozen different exceptions
-        why = str(error) or type(error).__name__
+        why = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"{path} is damaged or not what it should be ({why}): get it again, or remove it")
 
 

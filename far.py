@@ -24,6 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import check_fields
 from diffusion import SAMPLERS, DiffusionHead, n_noise
 
 # The two ways to lay bands out. Everything else is shared.
@@ -75,6 +76,10 @@ class FARConfig:
 
     def __post_init__(self):
         self.bands = tuple(self.bands)
+        check_fields(self)
+        if not (0 < self.n_head and 0 < self.width and 0 < self.head_width and 0 < self.latent_dim and 0 < self.latent_size <= 1024
+                and max(self.depth, self.head_depth) <= 1000):
+            raise ValueError("no network has these sizes: width, heads and channels from 1, at most 1000 blocks, a grid of at most 1024")
         choices = dict(order=("frequency", "random", "raster"), grid=("full", "band"), target=("full", "band"), context=("last", "all"), lowpass=("spatial", "fft"),
                        schedule=("cosine", "linear"), predict=("v", "eps"), loss_weight=tuple(LOSS_WEIGHTS), mask=MASKS,
                        guidance=("constant", "linear"), temperature_curve=("constant", "cosine"))

@@ -32,7 +32,7 @@ from far import (LAYOUTS, PRESETS, SAMPLERS, FARConfig, check_bands, default_ban
                  sampling_defaults)
 from mar import make_model
 from published import load_published_far
-from tokenizer import autocast, faster_dtype, fingerprint, load_exactly, load_tokenizer, reconstruct, to_uint8
+from tokenizer import autocast, build, faster_dtype, fingerprint, load_tokenizer, reconstruct, to_uint8
 
 CHUNK = 250         # images per file on disk while many are made: the most that an interruption costs
 DATA = dict(name=str, source=str, size=int, channels=int, class_names=list, data_dir=str)    # what a checkpoint says of its data
@@ -48,8 +48,7 @@ def load_run(path, device="cpu", ema=True, tokenizer=None):
     checkpoint = load_checkpoint(path, allow=[argparse.Namespace])
     if isinstance(checkpoint, dict) and checkpoint.get("kind") == "far":
         with reading(path):
-            model = make_model(FARConfig(**checkpoint["config"]))
-            load_exactly(model, checkpoint["ema" if ema else "model"], path)
+            model = build(make_model, FARConfig(**checkpoint["config"]), checkpoint["ema" if ema else "model"], path)
             data, step = checkpoint["data"], int(checkpoint["step"])
             wrong = [key for key, kind in DATA.items() if not isinstance(data[key], kind)]
             if wrong or len(data["class_names"]) > model.cfg.n_class or checkpoint.get("dtype", "fp32") not in ("bf16", "fp32"):
@@ -142,7 +141,7 @@ def read_chunk(path, data):
     try:
         images = np.load(path, allow_pickle=False)
         fits = images.dtype == np.uint8 and images.shape[1:] == (data["channels"], data["size"], data["size"])
-    except (OSError, ValueError, EOFError):
+    except Exception:                                                    # damaged files end in a dozen different exceptions
         fits = False
     return images if fits else np.zeros(0, np.uint8)
 

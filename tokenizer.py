@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (InputError, OneLineParser, barrier, command_line, load_checkpoint, loader_threads, pick_device, prefetch,
+from common import (InputError, OneLineParser, barrier, check_fields, command_line, load_checkpoint, loader_threads, pick_device, prefetch,
                     rank_and_world, save_checkpoint, write_atomically)
 from data import load_data, reading
 
@@ -52,6 +52,10 @@ class TokenizerConfig:
 
     def __post_init__(self):
         self.mult = tuple(self.mult)
+        check_fields(self)
+        if not (self.mult and min(self.image_channels, self.patch, self.width, self.latent_dim, *self.mult) > 0
+                and len(self.mult) <= 16 and self.n_res <= 1000):
+            raise ValueError(f"no network has {self}")
         if self.image_size % self.stride:
             raise InputError(f"an image size of {self.image_size} is not a multiple of the tokenizer's stride {self.stride}")
 
@@ -311,8 +315,7 @@ def load_tokenizer(path):
             if content["step"] < content["steps"]:
                 raise InputError(f"the training of {path} was interrupted at step {content['step']} of {content['steps']}: "
                                  "run the command that trained it again to finish it")
-            tokenizer = AutoencoderKL(TokenizerConfig(**content["config"]))
-            load_exactly(tokenizer, content["model"], path)
+            tokenizer = build(AutoencoderKL, TokenizerConfig(**content["config"]), content["model"], path)
             tokenizer.latent_scale.fill_(content["latent_scale"])
         else:
             tokenizer = load_published(content, path)
@@ -338,8 +341,23 @@ def load_published(content, path):
     return tokenizer
 
 
+def build(kind, cfg, weights, path):
+    """A network kind(cfg) with these weights. It is first made without memory, to see whether they fit. Raises InputError."""
+    with torch.device("meta"):
+        check_weights(kind(cfg), weights, path)
+    network = kind(cfg)
+    network.load_state_dict(weights)
+    return network
+
+
 def load_exactly(module, weights, path):
-    """load_state_dict that names what is missing, unexpected, of another shape or not finite, in one line."""
+    """load_state_dict after `check_weights`."""
+    check_weights(module, weights, path)
+    module.load_state_dict(weights)
+
+
+def check_weights(module, weights, path):
+    """Raise an InputError that names what is missing, unexpected, of another shape or not finite, in one line."""
     if not (isinstance(weights, dict) and all(torch.is_tensor(value) for value in weights.values())):
         raise InputError(f"{path} does not fit: its weights are not tensors by name")
     have = {name: tuple(value.shape) for name, value in module.state_dict().items()}
@@ -349,7 +367,6 @@ def load_exactly(module, weights, path):
             [f"{n} is not finite" for n, value in weights.items() if not torch.isfinite(value).all()]
     if wrong:
         raise InputError(f"{path} does not fit: {'; '.join(wrong[:8])}{f' and {len(wrong) - 8} more' if len(wrong) > 8 else ''}")
-    module.load_state_dict(weights)
 
 
 def tokenizer_path(data_dir, data, cfg, steps):

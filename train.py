@@ -413,7 +413,7 @@ def main():
                 loss, per_band = step_model(x, draw, labels)
             (loss / args.accum).backward()
             row = torch.cat([loss.detach()[None], per_band])
-            sums += torch.stack([row.nan_to_num(), (~row.isnan()).float()])
+            sums += torch.stack([row.nan_to_num(), (~row.isnan()).float()]) / world
             seen += recipe["batch"] * world
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
         norm = norm.full_tensor() if args.fsdp else norm
