@@ -103,6 +103,17 @@ def first_process_first():
         barrier()
 
 
+def peak_memory(device):
+    """The most memory that this process has held so far, in GiB: of the GPU, or on a CPU all of it; nan where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    try:
+        import resource                                                  # not on Windows
+    except ImportError:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
 def loader_threads():
     """Threads that decode images: this process's share of the machine's cores, at most 8."""
     return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

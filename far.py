@@ -15,7 +15,7 @@ z per token of the next, and a small diffusion head turns each z into a sample o
 Shapes: B images, C latent channels, H side of the latent grid, L bands (l = 1..L), k_l frequencies per axis that
 band l keeps, N tokens of all bands of a call, D width. x is the scaled latent, (B, C, H, H), unit variance.
 
-    python far.py                                                  # the presets and their parameter counts
+    python far.py                                                  # the presets: parameters, tokens and FLOPs per image
 """
 import math
 from dataclasses import dataclass, field
@@ -619,8 +619,45 @@ def count_parameters(preset, **changes):
     return count(model), count(model.head)
 
 
+def count_flops(cfg, sampling=None):
+    """
+    Floating-point operations for one image, a multiplication and an addition being two: of training (the forward pass and
+    twice as much backward), or of sampling with these settings (see `sampling_defaults`). Returns transformer, head, tokens
+    through the transformer. Counted are the matrix products of blocks and head; attention is counted without its mask.
+    """
+    D, W, C, L = cfg.width, cfg.head_width, cfg.latent_dim, len(sampling["bands"] if sampling else cfg.bands)
+    side = lambda k: k if cfg.grid == "band" else cfg.latent_size
+    n_tokens = [side(k) ** 2 for k in (sampling["bands"] if sampling else cfg.bands)]                # N_l of every band
+    block = lambda n, seen: n * (24 * D * D + 4 * seen * D)              # qkv, proj and MLP; scores and values of `seen` tokens
+    cond = 2 * D * W                                                     # of the head, once per token
+    call = 6 * C * W + (10 * cfg.head_depth + 4) * W * W                 # once per token and noise level: in and out, MLPs and adaLN
+    if sampling is None:
+        if cfg.context == "last":                                        # one band per image and step
+            n_tokens = n_tokens[-1:]
+        N = sum(n_tokens) + cfg.n_cond
+        levels = [cfg.noise_levels * (math.sqrt(max(n_tokens) / n) if cfg.context == "all" else 1) for n in n_tokens]
+        call += 2 * (256 + W) * W                                        # in training every token has a time of its own to embed
+        head = sum(n * (cond + round(r) * call) for n, r in zip(n_tokens, levels))
+        return 3 * (2 * cfg.depth * block(N, N) + N * 2 * D * D), 3 * head, N
+    weights = guidance_weights(cfg.guidance, sampling["cfg_scale"], L)
+    branches, transformer, head, tokens, seen = 1 + any(w != 1 for w in weights), 0, 0, 0, 0
+    for i, (n, w, steps) in enumerate(zip(n_tokens, weights, linear_steps(*sampling["steps"], L))):
+        new = n + (cfg.n_cond if cfg.context == "last" or not i else 0)
+        seen = new + (seen if cfg.context == "all" else 0)               # with keys and values of the lower bands
+        transformer += branches * (2 * cfg.depth * block(new, seen) + new * 2 * D * D)
+        tokens += branches * new
+        head += n * (1 + (w != 1)) * (cond + steps * call)
+    return transformer, head, tokens
+
+
 if __name__ == "__main__":
-    print(f"{'preset':10}{'transformer':>14}{'head':>9}{'total':>9}   million parameters, at 16 x 16 x 16 latents and 1000 classes")
+    print("ImageNet 256: 16 x 16 tokens of 16 channels, 1000 classes. GFLOPs of one image, guidance 3 in sampling.\n\n"
+          "| preset | million parameters: transformer | head | total | layout | tokens, training | GFLOPs, training | GFLOPs, sampling (of that, head) |\n"
+          "|---|---|---|---|---|---|---|---|")
     for preset in PRESETS:
         total, head = count_parameters(preset)
-        print(f"{preset:10}{(total - head) / 1e6:14.1f}{head / 1e6:9.1f}{total / 1e6:9.1f}")
+        for layout in LAYOUTS:
+            cfg = FARConfig(**dict(latent_size=16, latent_dim=16, n_class=1000, bands=default_bands(16, layout)), **PRESETS[preset], **LAYOUTS[layout])
+            training, drawing = count_flops(cfg), count_flops(cfg, dict(sampling_defaults(cfg), cfg_scale=3.0))
+            print(f"| {preset} | {(total - head) / 1e6:.1f} | {head / 1e6:.1f} | {total / 1e6:.1f} | {layout} | {training[2]} | {sum(training[:2]) / 1e9:.0f} "
+                  f"| {sum(drawing[:2]) / 1e9:,.0f} ({drawing[1] / sum(drawing[:2]):.0%}) |")

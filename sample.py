@@ -13,7 +13,6 @@ import argparse
 import math
 import os
 import shutil
-import sys
 import time
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -25,8 +24,8 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from common import (InputError, OneLineParser, command_line, join_processes, load_checkpoint, pick_device, rank_and_world,
-                    write_atomically)
+from common import (InputError, OneLineParser, command_line, join_processes, load_checkpoint, peak_memory, pick_device,
+                    rank_and_world, write_atomically)
 from data import digest, reading
 from far import (LAYOUTS, PRESETS, SAMPLERS, FARConfig, check_bands, default_bands, guidance_weights, linear_steps,
                  sampling_defaults)
@@ -258,13 +257,7 @@ def time_sampling(job):
         with autocast(device, job["dtype"]):
             model.sample(labels, **settings)[-1].sum().item()
     seconds = time.time() - start
-    if device.type == "cuda":
-        return seconds, torch.cuda.max_memory_allocated() / 2 ** 20
-    try:
-        import resource                                                  # not on Windows
-    except ImportError:
-        return seconds, float("nan")
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+    return seconds, 1024 * peak_memory(device)
 
 
 def benchmark(args):

@@ -405,6 +405,22 @@ def test_the_presets_have_the_parameters_of_the_paper():
     assert round(far.count_parameters("far_l", head_width=1536)[0] / 1e6, 2) == 450.65
 
 
+@pytest.mark.parametrize("layout", ["band", "paper"])
+def test_flops_are_those_that_torch_counts(layout):
+    from torch.utils.flop_counter import FlopCounterMode
+    model = small(layout, width=64, head_width=64, n_cond=4).train()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(8, 4, 8, 8), Randomness(0, 0), torch.zeros(8, dtype=torch.long))[0].backward()
+    transformer, head, n = far.count_flops(model.cfg)
+    attention = 3 * 4 * n * n * 64 * 4                                   # the CPU's fused attention is not in torch's count
+    assert abs((transformer + head - attention) / (counter.get_total_flops() / 8) - 1) < 0.06, "the first layers have less backward"
+    model.eval()
+    settings = dict(far.sampling_defaults(model.cfg), cfg_scale=2.0)
+    with FlopCounterMode(display=False) as counter:
+        model.sample(torch.zeros(8, dtype=torch.long), **settings)
+    assert abs(sum(far.count_flops(model.cfg, settings)[:2]) / (counter.get_total_flops() / 8) - 1) < 0.06
+
+
 @pytest.mark.parametrize("changes,word", [
     (dict(bands=(1, 2, 4)), "end at the latent grid"), (dict(bands=(2, 1, 8)), "increase"), (dict(width=30), "n_head"),
     (dict(lowpass="blur"), "lowpass"), (dict(target="full"), "grid full"), (dict(n_class=0), "n_class")])

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from common import (InputError, OneLineParser, barrier, command_line, first_process_first, join_processes, load_checkpoint,
-                    loader_threads, pick_device, previous, save_checkpoint, write_atomically)
+                    loader_threads, peak_memory, pick_device, previous, save_checkpoint, write_atomically)
 from data import load_data, reading
 from far import LAYOUTS, PRESETS, FARConfig, Randomness, default_bands
 from mar import make_model
@@ -427,7 +427,7 @@ def main():
         if done % 50 == 0 or done == recipe["steps"]:
             seconds, (mean, *bands) = time.time() - interval, means(over_processes(sums))
             values = dict(step=done, loss=mean, bands=bands, lr=lr, grad_norm=norm.item(), images_per_s=seen / seconds,
-                          waiting=waited / seconds)
+                          waiting=waited / seconds, memory_gib=round(peak_memory(device), 3))
             if rank == 0:
                 metrics.write(**values)
             bar.set_postfix_str(f"loss {values['loss']:.3f}, bands {' '.join('-' if v is None else f'{v:.2f}' for v in bands)}, "
