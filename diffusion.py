@@ -18,7 +18,10 @@ SAMPLERS = ("ddpm", "ddim", "dpmpp")
 
 
 def alphas_cumprod(name, T):
-    """Share of signal variance left at each step, float64 (T,). `cosine`: Nichol & Dhariwal 2021 eq. 17; `linear`: Ho et al. 2020."""
+    """
+    Share of signal variance left at each step, float64 (T,). `cosine`: Nichol & Dhariwal 2021 eq. 17; `linear`: Ho et
+    al. 2020. Raises ValueError on another name.
+    """
     if name == "linear":
         beta = torch.linspace(1e-4 * 1000 / T, 0.02 * 1000 / T, T, dtype=torch.float64)
     elif name == "cosine":
@@ -46,7 +49,8 @@ class Chain:
             alpha=abar.sqrt(), sigma=(1 - abar).sqrt(),                              # x_s = alpha x_0 + sigma noise
             to_x0=beta * before.sqrt() / (1 - abar),                                 # posterior mean = to_x0 x_0 + to_xt x_s
             to_xt=(1 - before) * (1 - beta).sqrt() / (1 - abar),
-            log_small=torch.cat([variance[1:2] if len(variance) > 1 else beta[:1], variance[1:]]).log(),  # 0 at s = 0: clipped
+            # the variance is 0 at s = 0, where its logarithm is clipped to that of the next step
+            log_small=torch.cat([variance[1:2] if len(variance) > 1 else beta[:1], variance[1:]]).log(),
             log_large=beta.log())
         self.tables = {name: table.float().to(device) for name, table in tables.items()}
 
@@ -141,7 +145,7 @@ class DiffusionHead(nn.Module):
         return self.cond(z) + self.level(level)
 
     def forward(self, xt, time, condition):
-        """Noisy tokens (..., C), time embedding (..., W) or (1, W), condition (..., W) -> prediction and v, (..., C) each, float32."""
+        """Tokens (..., C), time embedding (..., W) or (1, W), condition (..., W) -> prediction and v, float32 (..., C)."""
         h = self.input(xt)                                                           # (..., W)
         y = F.silu(time + condition)                                                 # (..., W)
         for block in self.blocks:
@@ -150,13 +154,13 @@ class DiffusionHead(nn.Module):
         return self.output(self.norm(h) * (1 + scale) + shift).float().chunk(2, dim=-1)
 
     def to_x0(self, prediction, xt, alpha, sigma):
-        """The clean token that a prediction implies: from the noise, or from v = alpha noise - sigma x_0 (Salimans & Ho 2022)."""
+        """The clean token that a prediction implies, of the noise or of v = alpha noise - sigma x_0 (Salimans & Ho 2022)."""
         return (xt - sigma * prediction) / alpha if self.predict == "eps" else alpha * xt - sigma * prediction
 
     def loss(self, x0, condition, t, noise):
         """
         Nichol & Dhariwal 2021 eq. 16: squared error of the prediction, and the variational term in bits, which only
-        trains the variance. Clean tokens and noise (..., C), condition (..., W), steps t (...). Returns both terms, (...) each.
+        trains the variance. Clean tokens and noise (..., C), condition (..., W), steps t (...). -> both terms, (...).
         """
         chain = self.chain()
         alpha, sigma = chain.at(t, "alpha", "sigma")
@@ -175,7 +179,7 @@ class DiffusionHead(nn.Module):
     def predict_guided(self, xt, time, condition, guidance):
         """
         One network call; with guidance != 1 the condition holds the conditional tokens, then the unconditional ones,
-        and the prediction is u + guidance (c - u) (Ho & Salimans 2022 eq. 6). xt (..., C) -> prediction and v, (..., C) each.
+        and the prediction is u + guidance (c - u) (Ho & Salimans 2022 eq. 6). xt (..., C) -> prediction, v, (..., C).
         """
         if guidance == 1:
             return self(xt, time, condition)
@@ -185,12 +189,12 @@ class DiffusionHead(nn.Module):
 
     def sample(self, condition, noise, steps, sampler="ddpm", guidance=1.0, temperature=1.0):
         """
-        Draw tokens. condition (..., W), or (2B, ..., W) with guidance != 1; noise (B, n, N, C) unit normals, n from `n_noise`;
+        Draw tokens. condition (B, N, W), or (2B, N, W) with guidance != 1; noise (B, n, N, C) unit normals, n from `n_noise`;
         -> (B, N, C). `ddpm` is ancestral sampling with the learned variance, its noise scaled by the temperature; `ddim`
         (Song et al. 2021, eta = 0) and `dpmpp` (DPM-Solver++(2M), Lu et al. 2022 algorithm 2) are deterministic given
         the first noise, which the temperature scales.
         """
-        chain = self.chain(sampling_times(len(self.abar), steps, sampler))
+        chain = self.chain(sampling_times(self.abar, steps, sampler, self.predict))
         embedded = self.time(chain.times.to(noise.device))                           # (S, W), once for all tokens
         run = {"ddpm": self._ddpm, "ddim": self._ddim, "dpmpp": self._dpmpp}[sampler]
         return run(chain, embedded, condition, noise.float(), guidance, temperature)
@@ -233,15 +237,19 @@ def n_noise(steps, sampler):
     return steps if sampler == "ddpm" else 1
 
 
-def sampling_times(T, steps, sampler):
+def sampling_times(abar, steps, sampler, predict="v"):
     """
-    The steps t of sampling, increasing, LongTensor (S,). `ddpm`: evenly spaced from 0 to T - 1, as the released code.
-    The solvers: evenly spaced and ending at T - 1, but starting at T/S - 1, from where they jump to the clean token. On
-    a known mixture this halves the error of dpmpp at 10 steps against starting at 0, and beats even steps in log-SNR.
+    The steps t of sampling, increasing, LongTensor (S,), for cumulated signal `abar` (T,). `ddpm`: evenly spaced from 0 to
+    T - 1, as the released code. The solvers: evenly spaced and ending at T - 1, but starting at T/S - 1, from where they
+    jump to the clean token. On a known mixture this halves the error of dpmpp at 10 steps against starting at 0, and
+    beats even steps in log-SNR. Where the network predicts noise they leave out the end of the chain that has less than a
+    thousandth of the signal: there x_0 = (xt - sigma noise) / alpha multiplies the network's errors by up to 20,000.
     Raises ValueError unless 1 <= steps <= T.
     """
+    T = len(abar)
     if not 1 <= steps <= T:
         raise ValueError(f"the number of diffusion steps must be between 1 and {T}, not {steps}")
     if sampler == "ddpm" and steps > 1:
         return torch.linspace(0, T - 1, steps, dtype=torch.float64).round().long()
-    return (torch.arange(1, steps + 1, dtype=torch.float64) * T / steps).round().long() - 1
+    end = int((abar > 1e-3).sum()) if predict == "eps" else T
+    return (torch.arange(1, steps + 1, dtype=torch.float64) * max(end, steps) / steps).round().long() - 1

@@ -65,11 +65,12 @@ class MAR(FAR):
             x, hidden = tokens.mT.reshape(B, C, H, H), rank >= known
             if guided:
                 x, hidden = torch.cat([x, x]), torch.cat([hidden, hidden])
-            new = (rank >= known) & (rank < after)                                               # (B, N), equally many in each image
+            new = (rank >= known) & (rank < after)                       # (B, N), equally many in each image
             z = self.transformer([x], [(H, H)], condition, hidden)                               # (B or 2B, N, D)
             z = z[new.repeat(1 + guided, 1)].view(len(z), after - known, -1)
             noise = draw(torch.randn, n_noise(steps[0], sampler), after - known, C)              # (B, n, new, C)
-            made = self.head.sample(self.head.condition(z, z.new_zeros(1, 1, 1)), noise, steps[0], sampler, cfg_scale, temperature)
+            z = self.head.condition(z, z.new_zeros(1, 1, 1))
+            made = self.head.sample(z, noise, steps[0], sampler, cfg_scale, temperature)             # (B, new, C)
             tokens = tokens.masked_scatter(new[..., None], made.to(tokens))
             drawn.append(tokens.mT.reshape(B, C, H, H))
             known = after

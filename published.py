@@ -44,7 +44,7 @@ HEADS = {768: 12, 1024: 16, 1280: 16}                  # attention heads by widt
 
 
 def our_name(name):
-    """The name in far.py of a tensor of the authors' checkpoint; an unknown name comes back as it is, and is refused later."""
+    """The name in far.py of a tensor of the authors' checkpoint. An unknown name stays as it is, and is refused later."""
     start = max((theirs for theirs in NAMES if name.startswith(theirs)), key=len, default="")
     name = NAMES.get(start, "") + name[len(start):]
     if name.startswith("head.blocks."):
