@@ -62,7 +62,7 @@ def get_args():
     add("--seed", type=int, default=0, help="of weights, order and noise")
     add("--device", help="cuda, mps or cpu; by default the best there is")
     add("--dtype", choices=("bf16", "fp32"), help="arithmetic of the networks; by default the faster one here")
-    add("--compile", action="store_true", help="torch.compile the model: slower start, faster steps on a GPU")
+    add("--compile", action="store_true", help="torch.compile the blocks: slower start, faster steps on a GPU")
     add("--fsdp", action="store_true", help="under torchrun: every process holds its share of weights, average and optimizer (FSDP2)")
     add("--checkpoint-activations", action="store_true", help="compute blocks again going backward: less memory, a third more work")
     add("--save-every", type=int, default=500, help="steps between checkpoints, and between pictures")
@@ -362,9 +362,10 @@ def main():
             if rank == 0 and "sums" in before:
                 sums.copy_(before["sums"])
         say(f"continuing from step {start}")
-    step_model = torch.compile(model) if args.compile else model
-    if world > 1 and not args.fsdp:
-        step_model = torch.nn.parallel.DistributedDataParallel(step_model)
+    if args.compile:                                                     # alike blocks share one compilation; the rest draws random numbers
+        for block in [*model.encoder, *model.decoder, *model.head.blocks]:
+            block.compile()
+    step_model = torch.nn.parallel.DistributedDataParallel(model) if world > 1 and not args.fsdp else model
     trained_run = SimpleNamespace(model=ema, tokenizer=tokenizer, device=device, dtype=args.dtype,
                                   data=dict(name=data.name, class_names=data.class_names))
 
