@@ -601,7 +601,7 @@ def sampling_defaults(cfg):
     """How a model is sampled unless told otherwise: the released procedure for the paper's layout, few steps for ours."""
     if cfg.order == "frequency" and cfg.context == "last" and cfg.target == "full":
         return dict(bands=paper_sampling_bands(cfg.latent_size), sampler="ddpm", steps=(100, 100), cfg_scale=1.0)
-    return dict(bands=cfg.bands, sampler="dpmpp", steps=(10, 10), cfg_scale=1.5)
+    return dict(bands=cfg.bands, sampler="dpmpp", steps=(10, 10), cfg_scale=1.25)
 
 
 def paper_sampling_bands(latent_size):

@@ -74,7 +74,7 @@ def get_args():
 PAPER = dict(epochs=400, warmup_epochs=100, batch=64, lr=1e-4, lr_per=256, cosine=False)
 RECIPES = {
     "far_nano": dict(steps=4000, warmup=100, batch=32, lr=3e-3, cosine=True),
-    "far_tiny": dict(steps=9000, warmup=100, batch=32, lr=3e-3, cosine=True),
+    "far_tiny": dict(steps=6000, warmup=100, batch=32, lr=3e-3, cosine=True),
     "far_s": dict(steps=100_000, warmup=1000, batch=128, lr=5e-4, cosine=True),
     "far_b": PAPER, "far_l": PAPER, "far_h": PAPER, "far_xl": PAPER,
 }
