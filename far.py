@@ -18,13 +18,14 @@ band l keeps, N tokens of all bands of a call, D width. x is the scaled latent, 
     python far.py                                                  # the presets and their parameter counts
 """
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from diffusion import SAMPLERS, DiffusionHead, fast_attention, n_noise
+from text import ByteEncoder
 
 # The two ways to lay bands out. Everything else is shared.
 #             tokens of a band      what the head learns            what the transformer sees
@@ -43,6 +44,7 @@ class FARConfig:
     bands: tuple = (1, 2, 4, 8)       # k_1 < ... < k_L = H
     n_class: int = 10
     text_dim: int = 0                 # width of the text vectors of a text-conditioned model, 0 for classes
+    byte_depth: int = 0               # blocks of the text encoder that is part of the model; 0: a frozen one gives the vectors
     # the layout (see LAYOUTS)
     grid: str = "band"                # full: every band is H x H tokens; band: band l is k_l x k_l tokens
     target: str = "band"              # full: the head learns x; band: it learns x^l on its own grid, to unit variance
@@ -240,7 +242,7 @@ class CrossAttention(nn.Module):
             if cache is not None:
                 cache[self] = k, v
         q = self.q(x).view(B, N, self.n_head, D // self.n_head).transpose(1, 2)                  # (B, heads, N, d)
-        y = fast_attention(q, k, v, visible[:, None, None])                                           # padding is not looked at
+        y = fast_attention(q, k, v, visible[:, None, None])                                      # padding is not looked at
         return self.proj(y.transpose(1, 2).reshape(B, N, D))
 
 
@@ -297,6 +299,9 @@ class FAR(nn.Module):
         if cfg.text_dim:
             self.text_in = nn.Linear(cfg.text_dim, D)
             self.null_text = nn.Parameter(torch.randn(1, 1, cfg.text_dim) * 0.02)
+            if cfg.byte_depth:
+                plain = replace(cfg, width=cfg.text_dim, text_dim=0, byte_depth=0)
+                self.text_encoder = ByteEncoder(cfg.text_dim, [Block(plain) for _ in range(cfg.byte_depth)])
         else:
             self.class_embed = nn.Embedding(cfg.n_class, D)
         self.null_cond = nn.Parameter(torch.randn(1, D) * 0.02)           # "no label", the branch that guidance subtracts
@@ -366,8 +371,9 @@ class FAR(nn.Module):
 
     def condition(self, labels=None, text=None, drop=None):
         """
-        The condition: labels LongTensor (B,), or text = (vectors (B, M, text_dim), visible (B, M) bool); `drop` (B,) bool
-        picks the images whose condition is replaced by the learned null -> (vector (B, D), text or None) for `transformer`.
+        The condition: labels LongTensor (B,), or text = (vectors (B, M, text_dim), visible (B, M) bool), with an encoder of
+        its own (tokens (B, M, 12) uint8, visible); `drop` (B,) bool picks the images whose condition is replaced by the
+        learned null -> (vector (B, D), text or None) for `transformer`.
         """
         if text is None:
             vector = self.class_embed(labels)                                                    # (B, D)
@@ -375,6 +381,8 @@ class FAR(nn.Module):
                 vector = torch.where(drop[:, None], self.null_cond, vector)
             return vector, None
         vectors, visible = text
+        if self.cfg.byte_depth:
+            vectors = self.text_encoder(vectors, visible)                                        # (B, M, text_dim)
         if drop is not None:                             # the null text is one learned vector; the rest is padding
             vectors = torch.where(drop[:, None, None], self.null_text, vectors)
             first = torch.arange(visible.shape[1], device=visible.device) == 0
@@ -569,6 +577,10 @@ PRESETS = {
     "far_h": dict(width=1280, depth=20, n_head=16, n_cond=64, head_width=1024, head_depth=3, dropout=0.1),
 }
 PRESETS["far_xl"] = PRESETS["far_h"]                     # the authors' other name for it
+# Text to image: far_l with cross-attention to Qwen2-1.5B's vectors, and a small one. Any other size takes text as well.
+PRESETS["far_t2i"] = dict(PRESETS["far_l"], text_dim=1536)
+PRESETS["far_tiny_t2i"] = dict(width=128, depth=3, n_head=4, n_cond=1, head_width=192, head_depth=3, text_dim=128, byte_depth=2,
+                               head_attention=True)
 
 
 def default_bands(latent_size, layout):

@@ -4,6 +4,8 @@ Draw images from a trained run: a grid, what every band adds, an animation, or a
     python sample.py --ckpt runs/shapes_far_tiny                                  # a grid with one column per class
     python sample.py --ckpt runs/fashion_mnist_far_tiny --classes 3,7 --n 16 --cfg 2 --seed 1 --gif
     python sample.py --ckpt runs/cifar10_far_s --n 50000 --npz                    # (N, H, W, 3) uint8 for evaluators
+    python sample.py --ckpt runs/shapes_text_far_tiny_t2i --prompt "a yellow star above a green square" "two red circles"
+    python sample.py --ckpt runs/shapes_text_far_tiny_t2i --interactive           # type prompts one after the other
     python sample.py --ckpt checkpoint-last.pth --tokenizer kl16.ckpt --classes 207,360 --cfg 3    # the authors' files
 
 The same seed and arguments give the same bytes; image i depends on (seed, i) only, so `--n 8` are the first 8 of `--n 64`.
@@ -26,6 +28,7 @@ from common import InputError, OneLineParser, command_line, load_checkpoint, pic
 from far import (FAR, LAYOUTS, PRESETS, SAMPLERS, FARConfig, check_bands, default_bands, guidance_weights, linear_steps,
                  sampling_defaults)
 from published import load_published_far
+from text import encode, load_encoder
 from tokenizer import autocast, faster_dtype, load_exactly, load_tokenizer, reconstruct, to_uint8
 
 
@@ -33,7 +36,8 @@ def load_run(path, device="cpu", ema=True, tokenizer=None):
     """
     A trained run for sampling: `path` is its folder or its far.pt, the tokenizer lies beside it unless given; or the
     authors' checkpoint-last.pth, with their kl16.ckpt given. Returns model and tokenizer in eval mode, data (dict: name,
-    source, size, channels, class_names, data_dir), step, device and dtype, as attributes. Raises InputError.
+    source, size, channels, class_names, data_dir, of a text model also text and prompts), encoder (see text.py), step,
+    device and dtype, as attributes. Raises InputError.
     """
     path = os.path.join(path, "far.pt") if os.path.isdir(path) else path
     checkpoint = load_checkpoint(path, allow=[argparse.Namespace])
@@ -52,8 +56,11 @@ def load_run(path, device="cpu", ema=True, tokenizer=None):
     if step is None:                                     # the published network is convolutional: it takes any size
         tokenizer.cfg.image_size = model.cfg.latent_size * tokenizer.cfg.stride
     check_fits(model.cfg, tokenizer.cfg)
+    encoder = load_encoder(data["text"], device, data["text_dtype"]) if model.cfg.text_dim else None
+    if encoder and encoder.fingerprint != data["text_fingerprint"]:
+        raise InputError(f"{data['text']} is not the text model that {path} was trained with: its weights have changed")
     return SimpleNamespace(model=model.eval().to(device), tokenizer=tokenizer.to(device), device=torch.device(device),
-                           data=data, step=step, dtype=checkpoint.get("dtype", "fp32"))
+                           data=data, encoder=encoder, step=step, dtype=checkpoint.get("dtype", "fp32"))
 
 
 def check_fits(cfg, tokenizer_cfg):
@@ -116,17 +123,24 @@ def save_grid(path, images, columns):
 
 
 def columns_of(run, most=24):
-    """The classes that a picture shows, one column each."""
-    return list(range(min(len(run.data["class_names"]), most)))
+    """The classes that a picture shows, one column each, or the prompts."""
+    return run.data["prompts"] if run.model.cfg.text_dim else list(range(min(len(run.data["class_names"]), most)))
+
+
+def conditions(run, columns, n):
+    """What n images show, the columns (class numbers or prompts) in turn: dict of `labels`, or of `text`, for `generate`."""
+    if not run.model.cfg.text_dim:
+        return dict(labels=torch.tensor([columns[i % len(columns)] for i in range(n)]))
+    return dict(text=tuple(part[torch.arange(n) % len(columns)] for part in encode(run.encoder, columns)))
 
 
 def save_samples(run, folder, rows=6, seed=0):
-    """samples.png, one column per class, and bands.png, one sample per row and one band per column, coarse to fine."""
-    classes, sampling = columns_of(run), sampling_defaults(run.model.cfg)
-    labels = torch.tensor(classes * rows)
-    save_grid(os.path.join(folder, "samples.png"), generate(run, labels, seed=seed, **sampling), len(classes))
-    few = labels[:min(8, len(labels))]
-    save_bands(os.path.join(folder, "bands.png"), generate(run, few, seed=seed, every_band=True, **sampling))
+    """samples.png, one column per class or prompt, and bands.png, one sample per row and one band per column, coarse to fine."""
+    columns, sampling = columns_of(run), sampling_defaults(run.model.cfg)
+    images = generate(run, **conditions(run, columns, len(columns) * rows), seed=seed, **sampling)
+    save_grid(os.path.join(folder, "samples.png"), images, len(columns))
+    few = conditions(run, columns, min(8, len(columns) * rows))
+    save_bands(os.path.join(folder, "bands.png"), generate(run, **few, seed=seed, every_band=True, **sampling))
 
 
 def save_bands(path, ladder):
@@ -239,6 +253,46 @@ def benchmark(args):
                   f"| {first / seconds:.1f} | {memory:.0f} |", flush=True)
 
 
+def read_prompts(given):
+    """Prompts from the command line; "@FILE" stands for the lines of a file. Raises InputError on a missing or empty one."""
+    prompts = []
+    for item in given or ():
+        if item.startswith("@"):
+            try:
+                with open(item[1:], encoding="utf-8-sig") as file:
+                    prompts += [line.strip() for line in file if line.strip()]
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"--prompt {item}: {item[1:]} could not be read ({error})")
+        else:
+            prompts.append(item.strip())
+    if given and not all(prompts or [""]):
+        raise InputError("--prompt is empty")
+    return prompts
+
+
+def default_out(args):
+    """Where pictures go unless --out says otherwise: sample, in the run's folder."""
+    return os.path.join(args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt), "sample")
+
+
+def interactive(args, run, settings):
+    """Read prompts from the keyboard until an empty line or the end; write OUT_001.png, OUT_002.png ... as they come."""
+    if not run.model.cfg.text_dim:
+        raise InputError("--interactive is for a model trained on text; this one draws classes")
+    n, out = args.n or 8, args.out or default_out(args)
+    print(f"a prompt and Enter draws {n} images; an empty line ends")
+    for number in range(1, 1000):
+        try:
+            prompt = input("> ").strip()
+        except EOFError:
+            return
+        if not prompt:
+            return
+        images = generate(run, **conditions(run, [prompt], n), seed=args.seed, batch=args.batch, masked=args.masked, **settings)
+        save_grid(f"{out}_{number:03d}.png", images, min(n, 8))
+        print(f"written: {out}_{number:03d}.png", flush=True)
+
+
 def get_args():
     parser = OneLineParser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -246,7 +300,9 @@ def get_args():
     add("--tokenizer", help="tokenizer.pt or kl16.ckpt, if it does not lie beside the checkpoint")
     # what to draw
     add("--classes", type=whole_numbers, help="class numbers, e.g. 3,7; by default all, at most 24")
-    add("--n", type=int, help="how many images, the classes in turn; by default 4 of each class")
+    add("--prompt", nargs="+", metavar="TEXT", help="what to draw, for a model trained on text; @FILE holds one prompt a line")
+    add("--interactive", action="store_true", help="type prompts one after the other; each gets a picture of --n images (8)")
+    add("--n", type=int, help="how many images, the classes or prompts in turn; by default 4 of each")
     add("--seed", type=int, default=0, help="of the noise")
     # how
     add("--cfg", type=float, help="guidance: 1 is none")
@@ -277,17 +333,20 @@ def main():
     run = load_run(args.ckpt, pick_device(args.device), not args.no_ema, args.tokenizer)
     run.dtype = args.dtype or run.dtype
     settings = sampling_settings(args, run.model.cfg)
-    classes = args.classes or columns_of(run)
+    if args.interactive:
+        return interactive(args, run, settings)
+    if (args.prompt and not run.model.cfg.text_dim) or (args.classes and run.model.cfg.text_dim):
+        raise InputError("this model draws from text: use --prompt" if args.classes else "this model draws classes, not text: use --classes")
+    classes = read_prompts(args.prompt) or args.classes or columns_of(run)
     n = args.n if args.n is not None else 4 * len(classes)
     if n < 1 or args.batch < 1:
         raise InputError("--n and --batch must be at least 1")
-    if not all(0 <= c < run.model.cfg.n_class for c in classes):
+    if args.classes and not all(0 <= c < run.model.cfg.n_class for c in classes):
         raise InputError(f"--classes: the model has classes 0 to {run.model.cfg.n_class - 1}")
-    labels = torch.tensor([classes[i % len(classes)] for i in range(n)])
-    out = args.out or os.path.join(args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt), "sample")
+    out = args.out or default_out(args)
     print(f"{n} images: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
     with tqdm(total=math.ceil(n / args.batch) * len(settings["bands"]), desc="sampling", unit="band") as bar:
-        ladder = generate(run, labels, seed=args.seed, batch=args.batch, every_band=True, bar=bar, masked=args.masked, **settings)
+        ladder = generate(run, **conditions(run, classes, n), seed=args.seed, batch=args.batch, every_band=True, bar=bar, masked=args.masked, **settings)
     shown = min(n, 16 * len(classes))
     save_grid(f"{out}.png", ladder[-1][:shown], min(len(classes), shown))
     save_bands(f"{out}_bands.png", [images[:8] for images in ladder])
@@ -296,10 +355,10 @@ def main():
         save_gif(f"{out}.gif", [images[:shown] for images in ladder], min(len(classes), shown))
         written.append(f"{out}.gif")
     if args.npz:
-        save_npz(f"{out}.npz", ladder[-1], labels)
+        save_npz(f"{out}.npz", ladder[-1], torch.tensor([i % len(classes) if run.model.cfg.text_dim else classes[i % len(classes)] for i in range(n)]))
         written.append(f"{out}.npz")
-    names = run.data["class_names"]
-    print(f"columns: {', '.join(f'{c} {names[c]}' for c in classes[:24])}\nwritten: {', '.join(written)}")
+    names = dict(enumerate(run.data["class_names"]))
+    print(f"columns: {', '.join(f'{c} {names[c]}' if c in names else repr(c) for c in classes[:24])}\nwritten: {', '.join(written)}")
 
 
 if __name__ == "__main__":
