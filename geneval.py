@@ -20,7 +20,7 @@ import random
 import numpy as np
 
 from common import OneLineParser, command_line
-from data import COLORS, HELD_OUT, KINDS, SHAPES, is_held_out, kind_of, relation, render, scene
+from data import COLORS, HELD_OUT, KINDS, SHAPES, relation, render, scene
 
 CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "colour attribution")
 TASKS = dict(zip(CATEGORIES, ("single", "two", "counting", "single", "position", "two")))        # of data.scene
@@ -67,7 +67,7 @@ def find_objects(image):
     that is none of the four. Backgrounds are grey, so chroma (largest minus smallest channel) tells an object from its
     background, its edge is where chroma falls to half, and mixing with grey leaves hue alone.
     """
-    factor = max(1, 128 // len(image))
+    factor = -(-96 // len(image))                                         # at 64 px the waves of a small star drown
     rgb = enlarge(image, factor)
     size = len(rgb)
     high, low = rgb.max(axis=2), rgb.min(axis=2)
