@@ -585,8 +585,10 @@ def run_geneval(args):
     sampling = sampling_settings(args, run.model.cfg)
 
     def draw(texts):
-        with tqdm(total=-(-len(texts) // args.batch) * len(sampling["bands"]), desc="sampling", unit="band", leave=False) as bar:
-            images = generate(run, **conditions(run, texts, len(texts)), seed=args.seed, batch=args.batch, bar=bar, **sampling)
+        total = -(-len(texts) // args.batch) * len(sampling["bands"])
+        with tqdm(total=total, desc="sampling", unit="band", leave=False) as bar:
+            images = generate(run, **conditions(run, texts, len(texts)), seed=args.seed, batch=args.batch, bar=bar,
+                              **sampling)
         return images.permute(0, 2, 3, 1).numpy()
 
     def through(images):
@@ -602,11 +604,13 @@ def run_geneval(args):
         return
     rows.update({name: {category: (right, 200) for category, (right, _) in rates.items()} for name, rates in checks.items()})
     print("\n".join(table(rows)))
-    print(f"{'FAR, published':26}" + "".join(f"{value:15.2f}" for value in PUBLISHED) + "   another task: GenEval itself, photographs\n")
+    published = "".join(f"{value:15.2f}" for value in PUBLISHED)
+    print(f"{'FAR, published':26}{published}   another task: GenEval itself, photographs\n")
     counts = {name: {category: number for category, (_, number) in rows[name].items()} for name in list(rows)[:2]}
     print(f"pictures: {'; '.join(f'{name} {numbers}' for name, numbers in counts.items())}\n"
           f"seen: combinations that are in training pictures; held out: pairs of objects that never met in one\n"
-          f"a picture is right if it shows what the prompt says and nothing else; real drawings: how often the checker is right\n"
+          f"a picture is right if it shows what the prompt says and nothing else\n"
+          f"real drawings: how often the checker is right; through the tokenizer: after encoding and decoding\n"
           f"sampling: {', '.join(f'{key} {value}' for key, value in dict(sampling, seed=args.seed, step=run.step).items())}")
 
 

@@ -74,8 +74,8 @@ def find_objects(image):
     chroma = high - low
     r, g, b = rgb[..., 0], rgb[..., 1], rgb[..., 2]
     safe = np.maximum(chroma, 1e-6)
-    hue = np.select([high == r, high == g], [(g - b) / safe % 6, (b - r) / safe + 2], (r - g) / safe + 4)  # in sixths of a turn
-    hue = np.round(hue).astype(int) % 6
+    hue = np.select([high == r, high == g], [(g - b) / safe % 6, (b - r) / safe + 2], (r - g) / safe + 4)
+    hue = np.round(hue).astype(int) % 6                                  # in sixths of a turn
     regions = components(np.where(chroma > 40, hue, -1))
     kind = np.full_like(hue, -1)
     for number in np.unique(regions[regions >= 0]):                      # each region has its own edge
@@ -100,7 +100,7 @@ def outline_waves(x, y, n=36):
     """
     dx, dy = x - x.mean(), y - y.mean()
     sector = ((np.arctan2(dy, dx) / (2 * np.pi) % 1) * n).astype(int) % n
-    radius = np.sqrt(np.bincount(sector, minlength=n))                   # the area of a thin sector grows with the radius squared
+    radius = np.sqrt(np.bincount(sector, minlength=n))                   # the area of a sector grows with the radius squared
     return 2 * np.abs(np.fft.rfft(radius / radius.mean()))[:7] / n
 
 
@@ -129,9 +129,10 @@ def prompts(category, held_out, most=48):
     if task in ("single", "counting"):
         plans = [] if held_out else [((kind,) * n, None) for kind in kinds for n in ((1,) if task == "single" else NUMBERS)]
     else:
-        pairs = [(a, b) for a in kinds for b in kinds if a != b and held_out == (frozenset((" ".join(a), " ".join(b))) in HELD_OUT)]
+        pairs = [(a, b) for a in kinds for b in kinds if a != b and held_out == ({" ".join(a), " ".join(b)} in HELD_OUT)]
         plans = [(pair, where) for pair in pairs for where in (RELATIONS if task == "position" else (None,))]
-    return [dict(text=prompt_text(*plan), kinds=plan[0], relation=plan[1]) for plan in rng.sample(plans, min(most, len(plans)))]
+    chosen = rng.sample(plans, min(most, len(plans)))
+    return [dict(text=prompt_text(kinds, where), kinds=kinds, relation=where) for kinds, where in chosen]
 
 
 def prompt_text(kinds, where):
@@ -179,12 +180,14 @@ def geneval(draw, per_prompt=4):
 
 
 def table(rows):
-    """Lines of the scores: dict of row name -> dict of category -> (share, number); the mean is over the categories there."""
-    lines = [" " * 26 + "".join(f"{category.replace('colour attribution', 'attribution'):>15}" for category in (*CATEGORIES, "mean"))]
+    """Lines of the scores: dict of row name -> dict of category -> (share, number); the mean is of the categories there."""
+    titles = [category.replace("colour attribution", "attribution") for category in (*CATEGORIES, "mean")]
+    lines = [" " * 26 + "".join(f"{title:>15}" for title in titles)]
     for name, scores in rows.items():
         values = [scores[category][0] if category in scores else None for category in CATEGORIES]
         there = [value for value in values if value is not None]
-        lines.append(f"{name:26}" + "".join(f"{'-' if value is None else f'{value:.2f}':>15}" for value in (*values, np.mean(there))))
+        cells = ("-" if value is None else f"{value:.2f}" for value in (*values, np.mean(there)))
+        lines.append(f"{name:26}" + "".join(f"{cell:>15}" for cell in cells))
     return lines
 
 
@@ -200,7 +203,7 @@ def truth_of(category, seed, held_out, size):
 
 
 def wrong_prompt(category, prompt, rng):
-    """A prompt that differs from this one in what its category looks at: one shape, number, colour or place, or colours swapped."""
+    """This prompt with one thing wrong that its category looks at: a shape, number, colour or place, or colours swapped."""
     kinds, where = [list(kind) for kind in prompt["kinds"]], prompt["relation"]
     other = lambda known, value: rng.choice([item for item in known if item != value])
     if category == "position":

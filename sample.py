@@ -28,7 +28,7 @@ from common import InputError, OneLineParser, command_line, load_checkpoint, pic
 from far import (FAR, LAYOUTS, PRESETS, SAMPLERS, FARConfig, check_bands, default_bands, guidance_weights, linear_steps,
                  sampling_defaults)
 from published import load_published_far
-from text import encode, load_encoder
+from text import WORD_BYTES, encode, load_encoder
 from tokenizer import autocast, faster_dtype, load_exactly, load_tokenizer, reconstruct, to_uint8
 
 
@@ -135,7 +135,7 @@ def conditions(run, columns, n):
 
 
 def save_samples(run, folder, rows=6, seed=0):
-    """samples.png, one column per class or prompt, and bands.png, one sample per row and one band per column, coarse to fine."""
+    """samples.png, one column per class or prompt; bands.png, one sample per row, one band per column, coarse to fine."""
     columns, sampling = columns_of(run), sampling_defaults(run.model.cfg)
     images = generate(run, **conditions(run, columns, len(columns) * rows), seed=seed, **sampling)
     save_grid(os.path.join(folder, "samples.png"), images, len(columns))
@@ -207,13 +207,17 @@ def time_sampling(job):
     device = pick_device(job["device"])
     torch.manual_seed(0)
     model = load_run(job["ckpt"], device).model if job["ckpt"] else FAR(FARConfig(**job["config"])).eval().to(device)
-    labels = (torch.arange(job["n"]) % model.cfg.n_class).to(device)
+    cfg, n = model.cfg, job["n"]
+    condition = dict(labels=(torch.arange(n) % cfg.n_class).to(device))
+    if cfg.text_dim:                                                     # a prompt of 20 tokens
+        tokens = torch.ones(n, 20, WORD_BYTES, dtype=torch.uint8) if cfg.byte_depth else torch.ones(n, 20, cfg.text_dim)
+        condition = dict(text=(tokens.to(device), torch.ones(n, 20, dtype=torch.bool, device=device)))
     start = 0.0
     for warm_up in (True, False):
         settings = {**job["settings"], **(dict(steps=(1, 1)) if warm_up else {})}
         start = time.time()
         with autocast(device, job["dtype"]):
-            model.sample(labels, **settings)[-1].sum().item()
+            model.sample(**condition, **settings)[-1].sum().item()
     seconds = time.time() - start
     if device.type == "cuda":
         return seconds, torch.cuda.max_memory_allocated() / 2 ** 20
@@ -288,7 +292,8 @@ def interactive(args, run, settings):
             return
         if not prompt:
             return
-        images = generate(run, **conditions(run, [prompt], n), seed=args.seed, batch=args.batch, masked=args.masked, **settings)
+        settings = dict(settings, masked=args.masked)
+        images = generate(run, **conditions(run, [prompt], n), seed=args.seed, batch=args.batch, **settings)
         save_grid(f"{out}_{number:03d}.png", images, min(n, 8))
         print(f"written: {out}_{number:03d}.png", flush=True)
 
@@ -300,7 +305,7 @@ def get_args():
     add("--tokenizer", help="tokenizer.pt or kl16.ckpt, if it does not lie beside the checkpoint")
     # what to draw
     add("--classes", type=whole_numbers, help="class numbers, e.g. 3,7; by default all, at most 24")
-    add("--prompt", nargs="+", metavar="TEXT", help="what to draw, for a model trained on text; @FILE holds one prompt a line")
+    add("--prompt", nargs="+", metavar="TEXT", help="what a model trained on text shall draw; @FILE holds one prompt a line")
     add("--interactive", action="store_true", help="type prompts one after the other; each gets a picture of --n images (8)")
     add("--n", type=int, help="how many images, the classes or prompts in turn; by default 4 of each")
     add("--seed", type=int, default=0, help="of the noise")
@@ -336,7 +341,7 @@ def main():
     if args.interactive:
         return interactive(args, run, settings)
     if (args.prompt and not run.model.cfg.text_dim) or (args.classes and run.model.cfg.text_dim):
-        raise InputError("this model draws from text: use --prompt" if args.classes else "this model draws classes, not text: use --classes")
+        raise InputError("this model draws " + ("from text: use --prompt" if args.classes else "classes: use --classes"))
     classes = read_prompts(args.prompt) or args.classes or columns_of(run)
     n = args.n if args.n is not None else 4 * len(classes)
     if n < 1 or args.batch < 1:
@@ -346,7 +351,8 @@ def main():
     out = args.out or default_out(args)
     print(f"{n} images: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
     with tqdm(total=math.ceil(n / args.batch) * len(settings["bands"]), desc="sampling", unit="band") as bar:
-        ladder = generate(run, **conditions(run, classes, n), seed=args.seed, batch=args.batch, every_band=True, bar=bar, masked=args.masked, **settings)
+        ladder = generate(run, **conditions(run, classes, n), seed=args.seed, batch=args.batch, every_band=True, bar=bar,
+                          masked=args.masked, **settings)
     shown = min(n, 16 * len(classes))
     save_grid(f"{out}.png", ladder[-1][:shown], min(len(classes), shown))
     save_bands(f"{out}_bands.png", [images[:8] for images in ladder])
@@ -355,10 +361,11 @@ def main():
         save_gif(f"{out}.gif", [images[:shown] for images in ladder], min(len(classes), shown))
         written.append(f"{out}.gif")
     if args.npz:
-        save_npz(f"{out}.npz", ladder[-1], torch.tensor([i % len(classes) if run.model.cfg.text_dim else classes[i % len(classes)] for i in range(n)]))
+        numbers = range(len(classes)) if run.model.cfg.text_dim else classes                 # of the prompts, or the classes
+        save_npz(f"{out}.npz", ladder[-1], torch.tensor([numbers[i % len(classes)] for i in range(n)]))
         written.append(f"{out}.npz")
-    names = dict(enumerate(run.data["class_names"]))
-    print(f"columns: {', '.join(f'{c} {names[c]}' if c in names else repr(c) for c in classes[:24])}\nwritten: {', '.join(written)}")
+    names = [repr(c) if isinstance(c, str) else f"{c} {run.data['class_names'][c]}" for c in classes[:24]]
+    print(f"columns: {', '.join(names)}\nwritten: {', '.join(written)}")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ import far
 import geneval
 import text
 from common import InputError
-from data import HELD_OUT, caption, load_data, render, scene
+from data import COLORS, HELD_OUT, caption, load_data, render, scene
 from far import CrossAttention, Randomness
 from test_far import band_inputs, cli, small, weights_of                 # noqa: F401 (cli is a fixture)
 from text import MOST_WORDS, byte_tokens
 
-needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None,
+                                        reason="transformers is not installed")
 CAPTIONS = ["a red circle", "two small yellow stars on a grey background", "a blue star above a green square"]
 
 
@@ -93,15 +94,16 @@ def test_the_null_text_does_not_depend_on_the_text_and_guidance_uses_it(kind):
     z = [model.transformer(inputs, bands, model.condition(text=t, drop=everything))
          for t in (some_text(kind), tuple(part.flip(0) for part in some_text(kind)))]
     assert torch.allclose(*z, atol=1e-6)
-    draw = lambda w: model.sample(text=some_text(kind), steps=(2, 2), cfg_scale=w)[-1]
-    assert torch.equal(draw(1.0), model.sample(text=some_text(kind), steps=(2, 2))[-1]) and not torch.allclose(draw(1.0), draw(3.0), atol=1e-4)
+    draw = lambda **more: model.sample(text=some_text(kind), steps=(2, 2), **more)[-1]
+    assert torch.equal(draw(cfg_scale=1.0), draw()) and not torch.allclose(draw(), draw(cfg_scale=3.0), atol=1e-4)
 
 
 def test_an_image_does_not_depend_on_the_other_prompts_of_its_batch():
     model = text_model("bytes")
-    together = model.sample(text=byte_tokens(CAPTIONS), steps=(2, 2), cfg_scale=2.0)[-1]
+    draw = lambda captions, first=0: model.sample(text=byte_tokens(captions), first=first, steps=(2, 2), cfg_scale=2.0)[-1]
+    together = draw(CAPTIONS)
     for i, one in enumerate(CAPTIONS):
-        assert torch.allclose(together[i:i + 1], model.sample(text=byte_tokens([one]), first=i, steps=(2, 2), cfg_scale=2.0)[-1], atol=1e-4)
+        assert torch.allclose(together[i:i + 1], draw([one], first=i), atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["band", "paper"])
@@ -150,10 +152,11 @@ def qwen(tmp_path_factory):
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     plain = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*characters, "<|endoftext|>"])}, merges=[]))
     plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<|endoftext|>", pad_token="<|endoftext|>").save_pretrained(folder)
+    end = dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, **end).save_pretrained(folder)
     torch.manual_seed(0)
-    config = transformers.Qwen2Config(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                      num_key_value_heads=2)
+    config = transformers.Qwen2Config(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2)
     transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -165,7 +168,7 @@ def test_the_vectors_are_the_last_hidden_state_and_padding_does_not_change_them(
     vectors, visible = encoder.encode(CAPTIONS)
     assert vectors.shape == (3, max(map(len, CAPTIONS)), encoder.width) and encoder.width == 32
     assert visible.sum(dim=1).tolist() == [len(c) for c in CAPTIONS] and (vectors[~visible] == 0).all()
-    model, tokenizer = Qwen2ForCausalLM.from_pretrained(qwen, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(qwen)
+    model, tokenizer = Qwen2ForCausalLM.from_pretrained(qwen).float().eval(), AutoTokenizer.from_pretrained(qwen)
     for row, seen, one in zip(vectors, visible, CAPTIONS):
         with torch.no_grad():
             alone = model(**tokenizer(one, return_tensors="pt"), output_hidden_states=True).hidden_states[-1][0]
@@ -203,7 +206,8 @@ def test_vectors_of_a_data_set_are_cached_once_and_continue_where_they_were_inte
     assert calls == [5, 5, 2]
     order = torch.tensor([7, 0, 11])
     vectors, visible = cached(order)
-    assert torch.equal(visible, direct[1][order][:, :visible.shape[1]]) and torch.allclose(vectors[visible], direct[0][order][:, :visible.shape[1]][visible], atol=2e-3)
+    expected = [part[order][:, :visible.shape[1]] for part in direct]
+    assert torch.equal(visible, expected[1]) and torch.allclose(vectors, expected[0], atol=2e-3)
     text.cache_text(encoder, data, str(tmp_path / "a"))
     assert len(calls) == 3, "it was not cached"
 
@@ -252,8 +256,8 @@ def mini(tmp_path_factory):
             Image.fromarray(render(truth, 16)).save(root / "pictures" / f"{i}.png")
             file.write(json.dumps(dict(file_name=f"{i}.png", text=caption(truth))) + "\n")
     shape = ["width=32", "depth=1", "head_width=32", "head_depth=1"]
-    return root, ["--data", root / "pictures", "--size", 16, "--stride", 4, "--data-dir", root / "data", "--batch", 8, "--dtype", "fp32",
-                  "--device", "cpu", "--tokenizer-steps", 3, "--set", *shape]
+    return root, ["--data", root / "pictures", "--size", 16, "--stride", 4, "--data-dir", root / "data", "--batch", 8,
+                  "--dtype", "fp32", "--device", "cpu", "--tokenizer-steps", 3, "--set", *shape]
 
 
 @pytest.fixture
@@ -288,19 +292,21 @@ def test_stopping_and_starting_again_is_bit_for_bit_with_the_byte_encoder(mini, 
 def test_prompts_are_drawn_from_the_command_line_from_a_file_and_interactively(mini_run, cli, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("two red circles\n\na green star\n")
     draw = ["sample", "--ckpt", mini_run, "--steps", 2]
-    code, said, line = cli(*draw, "--prompt", "a yellow star above a green square", f"@{tmp_path / 'prompts.txt'}", "--npz", "--out", tmp_path / "a")
+    code, said, line = cli(*draw, "--prompt", "a yellow star above a green square", f"@{tmp_path / 'prompts.txt'}", "--npz",
+                           "--out", tmp_path / "a")
     assert code == 0 and "'two red circles'" in said, line
     images = np.load(tmp_path / "a.npz")
     assert images["arr_0"].shape == (12, 16, 16, 3) and images["arr_1"].tolist() == [0, 1, 2] * 4
     typed = iter(["a green star", "a red star", ""])
     monkeypatch.setattr("builtins.input", lambda *_: next(typed))
     code, said, _ = cli(*draw, "--interactive", "--n", 2, "--out", tmp_path / "b")
-    assert code == 0 and (tmp_path / "b_001.png").exists() and (tmp_path / "b_002.png").exists() and not (tmp_path / "b_003.png").exists()
+    assert code == 0 and [(tmp_path / f"b_00{i}.png").exists() for i in (1, 2, 3)] == [True, True, False]
     code, said, _ = cli(*draw, "--out", tmp_path / "c")                  # without a prompt: captions of the data
     assert code == 0 and (tmp_path / "c.png").exists()
 
 
-@pytest.mark.parametrize("extra,word", [(["--prompt", "@nothing.txt"], "nothing.txt"), (["--prompt", " "], "empty"), (["--classes", "0"], "--prompt")])
+@pytest.mark.parametrize("extra,word", [(["--prompt", "@nothing.txt"], "nothing.txt"), (["--prompt", " "], "empty"),
+                                        (["--classes", "0"], "--prompt")])
 def test_bad_prompts_are_one_line_and_exit_code_2(mini_run, cli, extra, word):
     code, _, line = cli("sample", "--ckpt", mini_run, *extra)
     assert code == 2 and line.startswith("error: ") and word in line
@@ -369,7 +375,7 @@ def painter(prompt):
     for place, (color, shape) in zip(order, prompt["kinds"]):
         along = (place + 0.5) / n
         x, y = (0.5, along) if where in ("above", "below") else (along, 0.5)
-        things.append(dict(shape=shape, color=color, rgb=__import__("data").COLORS[color], x=x, y=y, radius=0.14, rotation=5))
+        things.append(dict(shape=shape, color=color, rgb=COLORS[color], x=x, y=y, radius=0.14, rotation=5))
     return render(dict(objects=things, background_rgb=(125, 125, 125)), 32)
 
 
@@ -390,7 +396,8 @@ def test_evaluate_prints_the_six_scores_and_their_mean(mini_run, cli, monkeypatc
     code, said, line = cli("evaluate", "--ckpt", mini_run, "--geneval", 1, "--steps", 2)
     assert code == 0, line
     rows = {line[:26].strip(): line[26:].split() for line in said.split("\n")}
-    assert len(rows["generated, seen"]) == len(rows["real drawings"]) == 7 and rows["FAR, published"][:7] == "0.85 0.29 0.31 0.59 0.06 0.09 0.37".split()
+    assert len(rows["generated, seen"]) == len(rows["real drawings"]) == 7
+    assert rows["FAR, published"][:7] == "0.85 0.29 0.31 0.59 0.06 0.09 0.37".split()
     assert rows["generated, held out"][0] == "-"
     code, said, _ = cli("evaluate", "--ckpt", mini_run, "--geneval", 1, "--steps", 2, "--json")
     assert code == 0 and len(json.loads(said)["generated, seen"]) == 6

@@ -95,7 +95,8 @@ class Qwen2:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModel.from_pretrained(name).eval().requires_grad_(False).to(device, kind)
         except Exception as error:                       # a dozen exceptions, from no network to a damaged file
-            raise InputError(f"--text {name} is neither bytes nor a model that could be loaded ({str(error).splitlines()[0]})")
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(f"--text {name} is neither bytes nor a model that could be loaded ({why})")
         if not self.model.config.model_type.startswith("qwen2"):
             raise InputError(f"--text {name} is a {self.model.config.model_type} model, not one of the Qwen2 family")
         self.name, self.dtype, self.device, self.most_tokens = name, dtype, torch.device(device), most_tokens
@@ -118,7 +119,7 @@ class Qwen2:
 
     @torch.inference_mode()
     def vectors(self, ids):
-        """Token numbers (list of lists) -> last hidden state (B, M, E) float32, and visible (B, M), on the model's device."""
+        """Token numbers (list of lists) -> last hidden state (B, M, E) float32 and visible (B, M), on the model's device."""
         visible = padding_mask([len(row) for row in ids]).to(self.device)
         tokens = torch.zeros(visible.shape, dtype=torch.long)
         for row, numbers in zip(tokens, ids):
@@ -161,14 +162,15 @@ def padding_mask(lengths):
 
 
 class CachedText:
-    """Text vectors of a data set on disk, without padding: flat (T, E) float16, caption i from starts[i] to starts[i + 1]."""
+    """Text vectors of a data set on disk, unpadded: flat (T, E) float16, caption i from starts[i] to starts[i + 1]."""
 
     def __init__(self, flat, starts):
         self.flat, self.starts = flat, starts
 
     def __call__(self, indices):
         """Indices (B,) -> vectors (B, M, E) float32 and visible (B, M)."""
-        rows = [torch.from_numpy(np.array(self.flat[self.starts[i]:self.starts[i + 1]])) for i in torch.as_tensor(indices).tolist()]
+        indices = torch.as_tensor(indices).tolist()
+        rows = [torch.from_numpy(np.array(self.flat[self.starts[i]:self.starts[i + 1]])) for i in indices]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True).float(), padding_mask([len(row) for row in rows])
 
 
@@ -192,14 +194,15 @@ def cache_text(encoder, data, folder, batch=32, flush_every=100):
         if os.path.exists(partial) and os.path.exists(done_file):
             with open(done_file) as file:
                 start = int(file.read())
-        flat = np.lib.format.open_memmap(partial, "r+" if start else "w+", np.float16, None if start else (int(starts[-1]), encoder.width))
+        shape = int(starts[-1]), encoder.width
+        flat = np.lib.format.open_memmap(partial, "r+" if start else "w+", np.float16, None if start else shape)
         bar = tqdm(total=len(data), initial=start, desc="text vectors", unit="caption")
         for count, first in enumerate(range(start, len(data), batch)):
             vectors, visible = encoder.vectors(read(first, first + batch))
             last = first + len(vectors)
             values = vectors[visible].cpu().numpy().astype(np.float16)                           # (tokens of the batch, E)
             if not np.isfinite(values).all():
-                raise InputError(f"--text {encoder.name} gives values beyond float16 for captions {first} to {last - 1} of {data.name}")
+                raise InputError(f"--text {encoder.name} gives values beyond float16 for captions {first} to {last - 1}")
             flat[starts[first]:starts[last]] = values
             bar.update(len(vectors))
             if (count + 1) % flush_every == 0:

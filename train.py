@@ -41,9 +41,9 @@ def get_args():
     parser = OneLineParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     # what to train on
-    add("--data", help="shapes (default), shapes_text (default with --text), fashion_mnist, cifar10, imagenet64, or a folder of images")
-    add("--text", nargs="?", const="bytes", help="train on captions: bytes, an encoder trained with the model, or the name or "
-        "folder of a Qwen2 model")
+    add("--data", help="shapes, fashion_mnist, cifar10, imagenet64, or a folder of images; for --text: shapes_text or a folder")
+    add("--text", nargs="?", const="bytes",
+        help="train on captions, with the encoder `bytes` (trained with the model) or a Qwen2 model by name or folder")
     add("--size", type=int, help="side of the images in pixels; by default the data's own")
     add("--data-dir", default="data", help="where data sets, tokenizers and cached latents are kept")
     add("--skip-bad", action="store_true", help="leave out images that cannot be read (counted) instead of stopping")
@@ -92,16 +92,17 @@ def model_config(args, data, tokenizer_cfg, encoder=None):
         raise InputError(f"--layout {args.layout} is not known; there are {', '.join(LAYOUTS)}")
     values = dict(latent_size=tokenizer_cfg.latent_size, latent_dim=tokenizer_cfg.latent_dim, n_class=data.n_class,
                   bands=default_bands(tokenizer_cfg.latent_size, args.layout), **PRESETS[args.model], **LAYOUTS[args.layout])
-    values.update(dict(text_dim=0, byte_depth=0) if not args.text else dict(text_dim=encoder.width, byte_depth=0) if encoder else
-                  dict(text_dim=values["width"], byte_depth=values.get("byte_depth", 2)))
+    values["text_dim"] = 0 if not args.text else encoder.width if encoder else values["width"]
+    values["byte_depth"] = values.get("byte_depth", 2) if args.text and not encoder else 0
     known = {f.name: f.type for f in fields(FARConfig)}
     for item in args.set:
         name, _, text = item.partition("=")
         if name not in known or not text:
             raise InputError(f"--set {item}: NAME=VALUE with NAME one of {', '.join(known)}")
         try:
-            values[name] = tuple(int(k) for k in text.split(",")) if known[name] is tuple else known[name](text)
-        except ValueError:
+            values[name] = (tuple(int(k) for k in text.split(",")) if known[name] is tuple else
+                            {"True": True, "False": False}[text] if known[name] is bool else known[name](text))
+        except (ValueError, KeyError):
             raise InputError(f"--set {item}: {text} is not a valid {known[name].__name__}")
     try:
         return FARConfig(**values)
@@ -177,7 +178,7 @@ def make_optimizer(model, lr, weight_decay=0.02):
 
 
 def time_step(model, batch, text=None):
-    """Seconds of one training step on random latents and the text of a batch, if any, after a warm-up step. Changes nothing."""
+    """Seconds of one training step on random latents, and the text of a batch if any, after a warm-up. Changes nothing."""
     cfg, device = model.cfg, model.band_std.device
     x = torch.randn(batch, cfg.latent_dim, cfg.latent_size, cfg.latent_size, device=device)
     for step in range(2):
@@ -326,12 +327,13 @@ def main():
     step_model = torch.compile(model) if args.compile else model
     if world > 1:
         step_model = torch.nn.parallel.DistributedDataParallel(step_model)
-    about = dict(name=data.name, source=args.data, size=data.size, channels=data.channels, data_dir=args.data_dir, class_names=data.class_names)
+    about = dict(name=data.name, source=args.data, size=data.size, channels=data.channels, data_dir=args.data_dir,
+                 class_names=data.class_names)
     if args.text:
         about.update(text=args.text if not os.path.isdir(args.text) else os.path.abspath(args.text),
                      text_dtype=encoder and encoder.dtype, text_fingerprint=encoder and encoder.fingerprint,
                      prompts=[data.captions[i] for i in range(min(len(data), 8))])
-    trained_run = SimpleNamespace(model=ema, tokenizer=tokenizer, device=device, dtype=args.dtype, data=about, encoder=encoder)
+    trained_run = SimpleNamespace(model=ema, tokenizer=tokenizer, encoder=encoder, device=device, dtype=args.dtype, data=about)
 
     def save(step):
         save_checkpoint(path, dict(
@@ -396,7 +398,8 @@ def main():
         save_reconstructions(trained_run, held_out, os.path.join(out, "reconstructions.png"))
         save_samples(trained_run, out, seed=args.seed)
         print(f"pictures: {out}/samples.png, {out}/bands.png, {out}/reconstructions.png\n"
-              f"next:     python sample.py --ckpt {out} " + ("--prompt \"a yellow star above a green square\"" if args.text else "--n 64"))
+              f"next:     python sample.py --ckpt {out} " + ('--prompt "a yellow star above a green square"' if texts else
+                                                             "--n 64"))
 
 
 if __name__ == "__main__":
