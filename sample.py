@@ -83,17 +83,17 @@ def decode(run, x, batch=64):
 
 def generate(run, labels=None, text=None, seed=0, first=0, batch=64, every_band=False, bar=None, **sampling):
     """
-    Images for labels LongTensor (N,) or text (vectors, visible), image i with the noise of (seed, first + i); `sampling`
+    Images for labels LongTensor (N,) or text, a list of N prompts, image i with the noise of (seed, first + i); `sampling`
     goes to FAR.sample. -> uint8 (N, c, S, S); with `every_band` a list of those, one per band.
     """
-    n = len(labels if text is None else text[0])
+    n = len(labels if text is None else text)
     rows = []
     for i in range(0, n, batch):
         part = slice(i, i + batch)
         with autocast(run.device, run.dtype):
             ladder = run.model.sample(
                 labels=None if labels is None else labels[part].to(run.device),
-                text=None if text is None else tuple(t[part].to(run.device) for t in text),
+                text=None if text is None else tuple(t.to(run.device) for t in encode(run.encoder, text[part])),
                 seed=seed, first=first + i, progress=(lambda: bar.update(1)) if bar is not None else (lambda: None), **sampling)
         rows.append([decode(run, x) for x in (ladder if every_band else ladder[-1:])])
     bands = [torch.cat(band) for band in zip(*rows)]
@@ -129,9 +129,8 @@ def columns_of(run, most=24):
 
 def conditions(run, columns, n):
     """What n images show, the columns (class numbers or prompts) in turn: dict of `labels`, or of `text`, for `generate`."""
-    if not run.model.cfg.text_dim:
-        return dict(labels=torch.tensor([columns[i % len(columns)] for i in range(n)]))
-    return dict(text=tuple(part[torch.arange(n) % len(columns)] for part in encode(run.encoder, columns)))
+    shown = [columns[i % len(columns)] for i in range(n)]
+    return dict(text=shown) if run.model.cfg.text_dim else dict(labels=torch.tensor(shown))
 
 
 def save_samples(run, folder, rows=6, seed=0):
@@ -353,7 +352,7 @@ def main():
     with tqdm(total=math.ceil(n / args.batch) * len(settings["bands"]), desc="sampling", unit="band") as bar:
         ladder = generate(run, **conditions(run, classes, n), seed=args.seed, batch=args.batch, every_band=True, bar=bar,
                           masked=args.masked, **settings)
-    shown = min(n, 16 * len(classes))
+    shown = min(n, 16 * len(classes) if len(classes) <= 24 else 24)                          # a file of prompts may be long
     save_grid(f"{out}.png", ladder[-1][:shown], min(len(classes), shown))
     save_bands(f"{out}_bands.png", [images[:8] for images in ladder])
     written = [f"{out}.png", f"{out}_bands.png"]
