@@ -16,7 +16,7 @@ from PIL import Image
 import far
 import geneval
 import text
-from common import InputError
+from common import InputError, load_checkpoint
 from data import COLORS, HELD_OUT, caption, load_data, render, scene
 from far import CrossAttention, Randomness
 from test_far import band_inputs, cli, small, weights_of                 # noqa: F401 (cli is a fixture)
@@ -310,6 +310,24 @@ def test_prompts_are_drawn_from_the_command_line_from_a_file_and_interactively(m
 def test_bad_prompts_are_one_line_and_exit_code_2(mini_run, cli, extra, word):
     code, _, line = cli("sample", "--ckpt", mini_run, *extra)
     assert code == 2 and line.startswith("error: ") and word in line
+
+
+@pytest.mark.parametrize("kind", ["txt", "journeydb"])
+def test_text_files_and_journeydb_lists_are_trained_on_and_a_missing_caption_is_named(mini, cli, tmp_path, kind):
+    folder, records = tmp_path / "pictures", []
+    (folder / "imgs").mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(folder / "imgs" / f"{i}.png")
+        records.append(dict(img_path=f"./{i}.png", prompt=f"picture {i}" if i != 2 else ""))
+        (folder / "imgs" / f"{i}.txt").write_text(records[-1]["prompt"]) if kind == "txt" else None
+    if kind == "journeydb":
+        (folder / "train_anno.jsonl").write_text("\n".join(map(json.dumps, records)))
+    arguments = [*mini[1], "--data", folder, "--text", "bytes", "--steps", 1, "--data-dir", tmp_path, "--out", tmp_path / "run"]
+    code, _, line = cli("train", *arguments)
+    assert code == 2 and "2.png has no caption" in line
+    code, said, line = cli("train", *arguments, "--skip-bad")
+    assert code == 0 and "left out 1 bad of 4" in said, line
+    assert load_checkpoint(str(tmp_path / "run" / "far.pt"))["data"]["prompts"] == ["picture 0", "picture 1", "picture 3"]
 
 
 def test_text_needs_captions(mini, cli, tmp_path):
