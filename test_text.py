@@ -335,6 +335,8 @@ def test_text_needs_captions(mini, cli, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "plain" / "0.png")
     code, _, line = cli("train", *mini[1], "--data", tmp_path / "plain", "--text", "bytes", "--out", tmp_path / "run")
     assert code == 2 and "needs captions" in line
+    code, _, line = cli("train", *mini[1], "--model", "far_tiny_t2i", "--out", tmp_path / "run")
+    assert code == 2 and "add --text" in line
 
 
 @needs_transformers

@@ -270,6 +270,8 @@ def main():
 
     # everything the user gave is looked at before any long work starts
     data = load_data(args.data, args.size, args.data_dir, skip_bad=args.skip_bad)
+    if "text_dim" in PRESETS.get(args.model, ()) and not args.text:
+        raise InputError(f"--model {args.model} draws from text: add --text")
     if args.text and not data.captions:
         raise InputError(f"--text needs captions and {data.name} has none: put NAME.txt or metadata.jsonl beside the images")
     encoder = load_encoder(args.text, device, args.dtype) if args.text else None
