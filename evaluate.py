@@ -5,6 +5,7 @@ How good are the images? Frechet distance, Inception score, precision, recall, a
     torchrun --nproc_per_node 8 -- evaluate.py --ckpt runs/in64 ...    every process samples its share
     python evaluate.py --samples made.npz --data fashion_mnist         images made elsewhere (or a folder)
     python evaluate.py --ckpt runs/in64 --n 50000 --features inception FID, IS; --reference: others' .npz
+    python evaluate.py --ckpt runs/shapes_text_far_tiny_t2i --geneval  does the picture show what the prompt says?
 
 Two feature networks. `classifier` (default) is a small CNN, trained once on the real training images in about
 a minute on a CPU; its numbers rank models on one data set within this code base and are *not* FID.
@@ -30,8 +31,9 @@ from tqdm import tqdm
 from common import (InputError, OneLineParser, command_line, join_processes, load_checkpoint, pick_device,
                     save_checkpoint, write_atomically)
 from data import find_images, load_data, reading, to_rgb
-from sample import CHUNK, load_run, sample_in_chunks, sampling_settings, whole_numbers
-from tokenizer import load_exactly, to_unit
+from geneval import PUBLISHED, geneval, table, validate
+from sample import CHUNK, generate, load_run, sample_in_chunks, sampling_settings, whole_numbers
+from tokenizer import load_exactly, reconstruct, to_unit
 
 # A TorchScript copy of TensorFlow's 2015 Inception graph, published with StyleGAN2-ADA. It takes RGB images
 # of 0..255 and resizes them to 299 px by itself, the way the first FID code did: do not resize them before.
@@ -426,7 +428,7 @@ def load_and_sample(args, device):
     """For --ckpt: images, labels, images per second, the run's data set, and how it was sampled (dicts)."""
     run = load_run(args.ckpt, device, ema=not args.no_ema)
     if run.model.cfg.text_dim:
-        raise InputError(f"{args.ckpt} makes images from text; evaluate.py samples models with classes only")
+        raise InputError(f"{args.ckpt} makes images from text: use --geneval; the scores here are for models of classes")
     args.sampling = sampling_settings(args, run.model.cfg)
     settings = dict(args.sampling, seed=args.seed, no_ema=args.no_ema)
     file = os.path.join(args.ckpt, "far.pt") if os.path.isdir(args.ckpt) else args.ckpt
@@ -485,6 +487,8 @@ def get_args():
     parser.add_argument("--reference", help=".npz (mu, sigma, or images) or folder; default: training images")
     parser.add_argument("--reference-n", type=int, default=50000, help="at most so many (%(default)s)")
     parser.add_argument("--write-stats", help="also write mu and sigma of the reference to this .npz")
+    parser.add_argument("--geneval", type=int, nargs="?", const=4, metavar="N",
+                        help="of a text model: are N pictures (4) of every prompt what the prompt says?")
     # how to sample
     parser.add_argument("--n", type=int, default=5000, help="images to make (%(default)s; papers take 50000)")
     parser.add_argument("--cfg", type=float, help="guidance, 1 is none; default: the model's, see sample.py")
@@ -502,6 +506,8 @@ def get_args():
     args = parser.parse_args()
     if (args.ckpt is None) == (args.samples is None):
         parser.error("give either --ckpt or --samples")
+    if args.geneval is not None and (args.samples or args.geneval < 1):
+        parser.error("--geneval needs --ckpt, and at least 1 picture of every prompt")
     if args.batch < 1 or min(args.n, args.reference_n) < 4:
         parser.error("--batch must be 1 or more, --n and --reference-n 4 or more")
     return args
@@ -553,8 +559,48 @@ def evaluate(args):
                   "samples": sampling}, network
 
 
+def run_geneval(args):
+    """--geneval: the table, or with --json one JSON object. Process 0 does it alone: the pictures are few."""
+    if int(os.environ.get("RANK", 0)):
+        return
+    run = load_run(args.ckpt, pick_device(args.device), ema=not args.no_ema)
+    if not run.model.cfg.text_dim:
+        raise InputError(f"{args.ckpt} draws classes: --geneval is for models trained on text")
+    sampling = sampling_settings(args, run.model.cfg)
+
+    def draw(texts):
+        total = -(-len(texts) // args.batch) * len(sampling["bands"])
+        with tqdm(total=total, desc="sampling", unit="band", leave=False) as bar:
+            images = generate(run, texts, seed=args.seed, batch=args.batch, bar=bar, **sampling)
+        return images.permute(0, 2, 3, 1).numpy()
+
+    def through(images):
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)
+        return reconstruct(run.tokenizer, images).permute(0, 2, 3, 1).numpy()
+
+    size = run.data["size"]
+    with contextlib.redirect_stdout(sys.stderr):
+        rows = {f"generated, {name}": scores for name, scores in geneval(draw, args.geneval).items()}
+        checks = {"real drawings": validate(200, size), "through the tokenizer": validate(200, size, through)}
+    if args.json:
+        print(json.dumps(dict(rows, checker=checks, sampling=sampling, seed=args.seed, step=run.step)))
+        return
+    rows.update({name: {category: (right, 200) for category, (right, _) in rates.items()} for name, rates in checks.items()})
+    print("\n".join(table(rows)))
+    published = "".join(f"{value:15.2f}" for value in PUBLISHED)
+    print(f"{'FAR, published':26}{published}   another task: GenEval itself, photographs\n")
+    counts = {name: {category: number for category, (_, number) in rows[name].items()} for name in list(rows)[:2]}
+    print(f"pictures: {'; '.join(f'{name} {numbers}' for name, numbers in counts.items())}\n"
+          f"seen: combinations that are in training pictures; held out: pairs of objects that never met in one\n"
+          f"a picture is right if it shows what the prompt says and nothing else\n"
+          f"real drawings: how often the checker is right; through the tokenizer: after encoding and decoding\n"
+          f"sampling: {', '.join(f'{key} {value}' for key, value in dict(sampling, seed=args.seed, step=run.step).items())}")
+
+
 def main():
     args = get_args()
+    if args.geneval:
+        return run_geneval(args)
     with contextlib.redirect_stdout(sys.stderr):             # stdout is for the result alone
         rows, protocol, network = evaluate(args)
     if args.json:

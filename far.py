@@ -18,7 +18,7 @@ band l keeps, N tokens of all bands of a call, D width. x is the scaled latent, 
     python far.py                                                  # the presets: parameters, tokens and FLOPs per image
 """
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from common import check_fields
 from diffusion import SAMPLERS, DiffusionHead, n_noise
+from text import ByteEncoder
 
 # The two ways to lay bands out. Everything else is shared.
 #             tokens of a band      what the head learns            what the transformer sees
@@ -47,6 +48,7 @@ class FARConfig:
     bands: tuple = (1, 2, 4, 8)       # k_1 < ... < k_L = H
     n_class: int = 10
     text_dim: int = 0                 # width of the text vectors of a text-conditioned model, 0 for classes
+    byte_depth: int = 0               # blocks of the text encoder inside the model; 0: a frozen one gives the vectors
     # the layout (see LAYOUTS)
     order: str = "frequency"          # of the autoregression; random or raster: the baseline of mar.py
     grid: str = "band"                # full: every band is H x H tokens; band: band l is k_l x k_l tokens
@@ -78,7 +80,7 @@ class FARConfig:
         self.bands = tuple(self.bands)
         check_fields(self)
         if not (0 < self.n_head and 0 < self.width and 0 < self.head_width and 0 < self.latent_dim and 0 < self.latent_size <= 1024
-                and max(self.depth, self.head_depth) <= 1000):
+                and max(self.depth, self.head_depth, self.byte_depth) <= 1000):
             raise ValueError("no network has these sizes: width, heads and channels from 1, at most 1000 blocks, a grid of at most 1024")
         choices = dict(order=("frequency", "random", "raster"), grid=("full", "band"), target=("full", "band"), context=("last", "all"), lowpass=("spatial", "fft"),
                        schedule=("cosine", "linear"), predict=("v", "eps"), loss_weight=tuple(LOSS_WEIGHTS), mask=MASKS,
@@ -89,6 +91,8 @@ class FARConfig:
         check_bands(self.bands, self.latent_size)
         if self.width % self.n_head:
             raise ValueError(f"width {self.width} is not a multiple of n_head {self.n_head}")
+        if self.byte_depth and (not self.text_dim or self.text_dim % self.n_head):
+            raise ValueError(f"byte_depth needs a text_dim that is a multiple of n_head {self.n_head}, not {self.text_dim}")
         if self.grid == "band" and self.target == "full":
             raise ValueError("target full (the head learns the unfiltered x) needs grid full")
         if self.n_class < 1:
@@ -256,7 +260,7 @@ class CrossAttention(nn.Module):
             if cache is not None:
                 cache[self] = k, v
         q = self.q(x).view(B, N, self.n_head, D // self.n_head).transpose(1, 2)                  # (B, heads, N, d)
-        y = fast_attention(q, k, v, visible[:, None, None])                                           # padding is not looked at
+        y = fast_attention(q, k, v, visible[:, None, None])                                      # padding is not looked at
         return self.proj(y.transpose(1, 2).reshape(B, N, D))
 
 
@@ -313,6 +317,9 @@ class FAR(nn.Module):
         if cfg.text_dim:
             self.text_in = nn.Linear(cfg.text_dim, D)
             self.null_text = nn.Parameter(torch.randn(1, 1, cfg.text_dim) * 0.02)
+            if cfg.byte_depth:
+                plain = replace(cfg, width=cfg.text_dim, text_dim=0, byte_depth=0)
+                self.text_encoder = ByteEncoder(cfg.text_dim, [Block(plain) for _ in range(cfg.byte_depth)])
         else:
             self.class_embed = nn.Embedding(cfg.n_class, D)
         self.null_cond = nn.Parameter(torch.randn(1, D) * 0.02)           # "no label", the branch that guidance subtracts
@@ -381,8 +388,9 @@ class FAR(nn.Module):
 
     def condition(self, labels=None, text=None, drop=None):
         """
-        The condition: labels LongTensor (B,), or text = (vectors (B, M, text_dim), visible (B, M) bool); `drop` (B,) bool
-        picks the images whose condition is replaced by the learned null -> (vector (B, D), text or None) for `transformer`.
+        The condition: labels LongTensor (B,), or text = (vectors (B, M, text_dim), visible (B, M) bool), with an encoder of
+        its own (tokens (B, M, 12) uint8, visible); `drop` (B,) bool picks the images whose condition is replaced by the
+        learned null -> (vector (B, D), text or None) for `transformer`.
         """
         if text is None:
             vector = self.class_embed(labels)                                                    # (B, D)
@@ -390,6 +398,8 @@ class FAR(nn.Module):
                 vector = torch.where(drop[:, None], self.null_cond, vector)
             return vector, None
         vectors, visible = text
+        if self.cfg.byte_depth:
+            vectors = self.text_encoder(vectors, visible)                                        # (B, M, text_dim)
         if drop is not None:                             # the null text is one learned vector; the rest is padding
             vectors = torch.where(drop[:, None, None], self.null_text, vectors)
             first = torch.arange(visible.shape[1], device=visible.device) == 0
@@ -586,6 +596,10 @@ PRESETS = {
     "far_h": dict(width=1280, depth=20, n_head=16, n_cond=64, head_width=1024, head_depth=3, dropout=0.1),
 }
 PRESETS["far_xl"] = PRESETS["far_h"]                     # the authors' other name for it
+# Text to image: far_l with cross-attention to Qwen2-1.5B's vectors, and a small one. Any other size takes text as well.
+PRESETS["far_t2i"] = dict(PRESETS["far_l"], text_dim=1536)
+PRESETS["far_tiny_t2i"] = dict(width=128, depth=3, n_head=4, n_cond=1, head_width=192, head_depth=3, text_dim=128,
+                               byte_depth=2)
 
 
 def default_bands(latent_size, layout):
@@ -624,6 +638,7 @@ def count_flops(cfg, sampling=None):
     Floating-point operations for one image, a multiplication and an addition being two: of training (the forward pass and
     twice as much backward), or of sampling with these settings (see `sampling_defaults`). Returns transformer, head, tokens
     through the transformer. Counted are the matrix products of blocks and head; attention is counted without its mask.
+    Text, its encoder and the attention to it are not counted.
     """
     D, W, C, L = cfg.width, cfg.head_width, cfg.latent_dim, len(sampling["bands"] if sampling else cfg.bands)
     side = lambda k: k if cfg.grid == "band" else cfg.latent_size
@@ -656,8 +671,11 @@ if __name__ == "__main__":
           "|---|---|---|---|---|---|---|---|")
     for preset in (name for name in PRESETS if name != "far_xl"):
         total, head = count_parameters(preset)
-        for layout in ("paper", "band"):
+        for layout in [] if "text_dim" in PRESETS[preset] else ("paper", "band"):
             cfg = FARConfig(**dict(latent_size=16, latent_dim=16, n_class=1000, bands=default_bands(16, layout)), **PRESETS[preset], **LAYOUTS[layout])
             training, drawing = count_flops(cfg), count_flops(cfg, dict(sampling_defaults(cfg), cfg_scale=3.0))
             print(f"| {preset} | {(total - head) / 1e6:.1f} | {head / 1e6:.1f} | {total / 1e6:.1f} | {layout} | {training[2]} | {sum(training[:2]) / 1e9:.0f} "
                   f"| {sum(drawing[:2]) / 1e9:,.0f} ({drawing[1] / sum(drawing[:2]):.0%}) |")
+        if "text_dim" in PRESETS[preset]:                                # see count_flops
+            print(f"| {preset} | {(total - head) / 1e6:.1f} | {head / 1e6:.1f} | {total / 1e6:.1f} | paper | - | - | - |")
+    print("\nThe authors report 451 for far_l and 564 for far_t2i.")

@@ -5,6 +5,8 @@ Draw images from a trained run: a grid, what every band adds, an animation, or a
     python sample.py --ckpt runs/fashion_mnist_far_tiny --classes 3,7 --n 16 --cfg 2 --seed 1 --gif
     python sample.py --ckpt runs/cifar10_far_s --n 50000 --npz                    # (N, H, W, 3) uint8 for evaluators; resumes
     torchrun --nproc_per_node 8 -- sample.py ... --npz                            # every process makes its share
+    python sample.py --ckpt runs/shapes_text_far_tiny_t2i --prompt "a yellow star above a green square" "two red circles"
+    python sample.py --ckpt runs/shapes_text_far_tiny_t2i --interactive           # type prompts one after the other
     python sample.py --ckpt checkpoint-last.pth --tokenizer kl16.ckpt --classes 207,360 --cfg 3    # the authors' files
 
 The same seed and arguments give the same bytes; image i depends on (seed, i) only, so `--n 8` are the first 8 of `--n 64`.
@@ -31,17 +33,21 @@ from far import (LAYOUTS, PRESETS, SAMPLERS, FARConfig, check_bands, default_ban
                  sampling_defaults)
 from mar import make_model
 from published import load_published_far
+from text import WORD_BYTES, encode, load_encoder
 from tokenizer import autocast, build, faster_dtype, fingerprint, load_tokenizer, reconstruct, to_uint8
 
 CHUNK = 250         # images per file on disk while many are made: the most that an interruption costs
 DATA = dict(name=str, source=str, size=int, channels=int, class_names=list, data_dir=str)    # what a checkpoint says of its data
+TEXT = dict(text=str, prompts=list)                                                          # a text model's also says this,
+FROZEN = dict(text_dtype=str, text_fingerprint=str)                                          # and with a frozen encoder this
 
 
 def load_run(path, device="cpu", ema=True, tokenizer=None):
     """
     A trained run for sampling: `path` is its folder or its far.pt, the tokenizer lies beside it unless given; or the
     authors' checkpoint-last.pth, with their kl16.ckpt given. Returns model and tokenizer in eval mode, data (dict: name,
-    source, size, channels, class_names, data_dir), step, device and dtype, as attributes. Raises InputError.
+    source, size, channels, class_names, data_dir, of a text model also text and prompts), encoder (see text.py), step,
+    device and dtype, as attributes. Raises InputError.
     """
     path = os.path.join(path, "far.pt") if os.path.isdir(path) else path
     checkpoint = load_checkpoint(path, allow=[argparse.Namespace])
@@ -49,11 +55,14 @@ def load_run(path, device="cpu", ema=True, tokenizer=None):
         with reading(path):
             model = build(make_model, FARConfig(**checkpoint["config"]), checkpoint["ema" if ema else "model"], path)
             data, step = checkpoint["data"], int(checkpoint["step"])
-            wrong = [key for key, kind in DATA.items() if not isinstance(data[key], kind)]
+            frozen = model.cfg.text_dim and not model.cfg.byte_depth
+            known = {**DATA, **(TEXT if model.cfg.text_dim else {}), **(FROZEN if frozen else {})}
+            wrong = [key for key, kind in known.items() if not isinstance(data[key], kind)]
+            wrong += [] if all(isinstance(prompt, str) for prompt in data.get("prompts", ())) else ["prompts"]
             if wrong or len(data["class_names"]) > model.cfg.n_class or checkpoint.get("dtype", "fp32") not in ("bf16", "fp32"):
                 raise ValueError(f"what it says of its data does not fit: {', '.join(wrong) or 'classes or arithmetic'}")
     else:
-        model, step = load_published_far(path, ema), None
+        model, step, frozen = load_published_far(path, ema), None, False
         data = dict(name="imagenet", source=None, size=16 * model.cfg.latent_size, channels=3, data_dir="data",
                     class_names=[str(i) for i in range(model.cfg.n_class)])
     beside = os.path.join(os.path.dirname(path), "tokenizer.pt")
@@ -63,8 +72,11 @@ def load_run(path, device="cpu", ema=True, tokenizer=None):
     if step is None:                                     # the published network is convolutional: it takes any size
         tokenizer.cfg.image_size = model.cfg.latent_size * tokenizer.cfg.stride
     check_fits(model.cfg, tokenizer.cfg)
+    encoder = load_encoder(data["text"], device, data["text_dtype"]) if frozen else None
+    if frozen and (not encoder or encoder.fingerprint != data["text_fingerprint"]):
+        raise InputError(f"{data['text']} is not the text model that {path} was trained with: its weights have changed")
     return SimpleNamespace(model=model.eval().to(device), tokenizer=tokenizer.to(device), device=torch.device(device),
-                           data=data, step=step, dtype=checkpoint.get("dtype", "fp32"))
+                           data=data, encoder=encoder, step=step, dtype=checkpoint.get("dtype", "fp32"))
 
 
 def check_fits(cfg, tokenizer_cfg):
@@ -85,38 +97,40 @@ def decode(run, x, batch=64):
     return torch.cat(images)
 
 
-def generate(run, labels=None, text=None, seed=0, first=0, batch=64, every_band=False, bar=None, **sampling):
+def generate(run, shown, seed=0, first=0, batch=64, every_band=False, bar=None, **sampling):
     """
-    Images for labels LongTensor (N,) or text (vectors, visible), image i with the noise of (seed, first + i); `sampling`
-    goes to FAR.sample. -> uint8 (N, c, S, S); with `every_band` a list of those, one per band.
+    Images of what is shown, labels LongTensor (N,) or a list of N prompts, image i with the noise of (seed, first + i);
+    `sampling` goes to FAR.sample. -> uint8 (N, c, S, S); with `every_band` a list of those, one per band.
     """
-    n = len(labels if text is None else text[0])
     rows = []
-    for i in range(0, n, batch):
-        part = slice(i, i + batch)
+    for i in range(0, len(shown), batch):
+        part = shown[i:i + batch]
+        if torch.is_tensor(part):
+            condition = dict(labels=part.to(run.device))
+        else:
+            condition = dict(text=tuple(t.to(run.device) for t in encode(run.encoder, part)))
         with autocast(run.device, run.dtype):
             ladder = run.model.sample(
-                labels=None if labels is None else labels[part].to(run.device),
-                text=None if text is None else tuple(t[part].to(run.device) for t in text),
-                seed=seed, first=first + i, progress=(lambda: bar.update(1)) if bar is not None else (lambda: None), **sampling)
+                **condition, seed=seed, first=first + i, progress=(lambda: bar.update(1)) if bar is not None else (lambda: None),
+                **sampling)
         rows.append([decode(run, x) for x in (ladder if every_band else ladder[-1:])])
     bands = [torch.cat(band) for band in zip(*rows)]
     return bands if every_band else bands[-1]
 
 
-def sample_in_chunks(run, labels, folder, seed=0, batch=64, **sampling):
+def sample_in_chunks(run, shown, folder, seed=0, batch=64, **sampling):
     """
-    Images for labels LongTensor (N,), as uint8 (N, c, S, S), by way of files of CHUNK images in `folder`, and how many were
-    made. A file found there is not made again, so that an interrupted call goes on; of several processes each makes its
-    share, and process 0 returns the images, in order (the others None).
+    Images of labels LongTensor (N,) or a list of N prompts, as uint8 (N, c, S, S), by way of files of CHUNK images in
+    `folder`, and how many were made. A file found there is not made again, so that an interrupted call goes on; of several
+    processes each makes its share, and process 0 returns the images, in order (the others None).
     """
     (rank, world), made = rank_and_world(), 0
     os.makedirs(folder, exist_ok=True)
-    starts = range(0, len(labels), CHUNK)
+    starts = range(0, len(shown), CHUNK)
     path = lambda first: os.path.join(folder, f"{first:06d}.npy")
     with tqdm(total=len(starts[rank::world]), desc="sampling", unit=f"x {CHUNK} images", disable=rank > 0) as bar:
         for first in starts[rank::world]:
-            part = labels[first:first + CHUNK]
+            part = shown[first:first + CHUNK]
             if len(read_chunk(path(first), run.data)) < len(part):
                 images = generate(run, part, seed=seed, first=first, batch=batch, **sampling)
                 write_atomically(path(first), lambda file: np.save(file, images.numpy()))
@@ -128,7 +142,7 @@ def sample_in_chunks(run, labels, folder, seed=0, batch=64, **sampling):
         made = int(total)
     if rank:
         return None, made
-    images = torch.empty(len(labels), run.data["channels"], run.data["size"], run.data["size"], dtype=torch.uint8)
+    images = torch.empty(len(shown), run.data["channels"], run.data["size"], run.data["size"], dtype=torch.uint8)
     for first in starts:
         part = images[first:first + CHUNK]
         part.copy_(torch.from_numpy(read_chunk(path(first), run.data)[:len(part)]))
@@ -168,17 +182,22 @@ def save_grid(path, images, columns):
 
 
 def columns_of(run, most=24):
-    """The classes that a picture shows, one column each."""
-    return list(range(min(len(run.data["class_names"]), most)))
+    """The classes that a picture shows, one column each, or the prompts."""
+    return run.data["prompts"] if run.model.cfg.text_dim else list(range(min(len(run.data["class_names"]), most)))
+
+
+def conditions(run, columns, n):
+    """What n images show, the columns in turn, for `generate`: class numbers as a LongTensor, prompts as a list."""
+    shown = [columns[i % len(columns)] for i in range(n)]
+    return shown if run.model.cfg.text_dim else torch.tensor(shown)
 
 
 def save_samples(run, folder, rows=6, seed=0):
-    """samples.png, one column per class, and bands.png, one sample per row and one band per column, coarse to fine."""
-    classes, sampling = columns_of(run), sampling_defaults(run.model.cfg)
-    labels = torch.tensor(classes * rows)
-    save_grid(os.path.join(folder, "samples.png"), generate(run, labels, seed=seed, **sampling), len(classes))
-    few = labels[:min(8, len(labels))]
-    save_bands(os.path.join(folder, "bands.png"), generate(run, few, seed=seed, every_band=True, **sampling))
+    """samples.png, one column per class or prompt; bands.png, one sample per row, one band per column, coarse to fine."""
+    columns, sampling = columns_of(run), sampling_defaults(run.model.cfg)
+    shown = conditions(run, columns, len(columns) * rows)
+    save_grid(os.path.join(folder, "samples.png"), generate(run, shown, seed=seed, **sampling), len(columns))
+    save_bands(os.path.join(folder, "bands.png"), generate(run, shown[:8], seed=seed, every_band=True, **sampling))
 
 
 def save_bands(path, ladder):
@@ -249,13 +268,17 @@ def time_sampling(job):
     device = pick_device(job["device"])
     torch.manual_seed(0)
     model = load_run(job["ckpt"], device).model if job["ckpt"] else make_model(FARConfig(**job["config"])).eval().to(device)
-    labels = (torch.arange(job["n"]) % model.cfg.n_class).to(device)
+    cfg, n = model.cfg, job["n"]
+    condition = dict(labels=(torch.arange(n) % cfg.n_class).to(device))
+    if cfg.text_dim:                                                     # a prompt of 20 tokens
+        tokens = torch.ones(n, 20, WORD_BYTES, dtype=torch.uint8) if cfg.byte_depth else torch.ones(n, 20, cfg.text_dim)
+        condition = dict(text=(tokens.to(device), torch.ones(n, 20, dtype=torch.bool, device=device)))
     start = 0.0
     for warm_up in (True, False):
         settings = {**job["settings"], **(dict(steps=(1, 1)) if warm_up else {})}
         start = time.time()
         with autocast(device, job["dtype"]):
-            model.sample(labels, **settings)[-1].sum().item()
+            model.sample(**condition, **settings)[-1].sum().item()
     seconds = time.time() - start
     return seconds, 1024 * peak_memory(device)
 
@@ -289,6 +312,47 @@ def benchmark(args):
                   f"| {first / seconds:.1f} | {memory:.0f} |", flush=True)
 
 
+def read_prompts(given):
+    """Prompts from the command line; "@FILE" stands for the lines of a file. Raises InputError on a missing or empty one."""
+    prompts = []
+    for item in given or ():
+        if item.startswith("@"):
+            try:
+                with open(item[1:], encoding="utf-8-sig") as file:
+                    prompts += [line.strip() for line in file if line.strip()]
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"--prompt {item}: {item[1:]} could not be read ({error})")
+        else:
+            prompts.append(item.strip())
+    if given and not all(prompts or [""]):
+        raise InputError("--prompt is empty")
+    return prompts
+
+
+def default_out(args):
+    """Where pictures go unless --out says otherwise: sample, in the run's folder."""
+    return os.path.join(args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt), "sample")
+
+
+def interactive(args, run, settings):
+    """Read prompts from the keyboard until an empty line or the end; write OUT_001.png, OUT_002.png ... as they come."""
+    if not run.model.cfg.text_dim:
+        raise InputError("--interactive is for a model trained on text; this one draws classes")
+    n, out = args.n or 8, args.out or default_out(args)
+    print(f"a prompt and Enter draws {n} images; an empty line ends")
+    for number in range(1, 1000):
+        try:
+            prompt = input("> ").strip()
+        except EOFError:
+            return
+        if not prompt:
+            return
+        settings = dict(settings, masked=args.masked)
+        images = generate(run, conditions(run, [prompt], n), seed=args.seed, batch=args.batch, **settings)
+        save_grid(f"{out}_{number:03d}.png", images, min(n, 8))
+        print(f"written: {out}_{number:03d}.png", flush=True)
+
+
 def get_args():
     parser = OneLineParser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -296,7 +360,9 @@ def get_args():
     add("--tokenizer", help="tokenizer.pt or kl16.ckpt, if it does not lie beside the checkpoint")
     # what to draw
     add("--classes", type=whole_numbers, help="class numbers, e.g. 3,7; by default all, at most 24")
-    add("--n", type=int, help="how many images, the classes in turn; by default 4 of each class")
+    add("--prompt", nargs="+", metavar="TEXT", help="what a model trained on text shall draw; @FILE holds one prompt a line")
+    add("--interactive", action="store_true", help="type prompts one after the other; each gets a picture of --n images (8)")
+    add("--n", type=int, help="how many images, the classes or prompts in turn; by default 4 of each")
     add("--seed", type=int, default=0, help="of the noise")
     # how
     add("--cfg", type=float, help="guidance: 1 is none")
@@ -329,37 +395,41 @@ def main():
     run = load_run(args.ckpt, device, not args.no_ema, args.tokenizer)
     run.dtype = args.dtype or run.dtype
     settings = sampling_settings(args, run.model.cfg)
-    classes = args.classes or columns_of(run)
+    if args.interactive:
+        return None if rank else interactive(args, run, settings)
+    if (args.prompt and not run.model.cfg.text_dim) or (args.classes and run.model.cfg.text_dim):
+        raise InputError("this model draws " + ("from text: use --prompt" if args.classes else "classes: use --classes"))
+    classes = read_prompts(args.prompt) or args.classes or columns_of(run)
     n = args.n if args.n is not None else 4 * len(classes)
     if n < 1 or args.batch < 1:
         raise InputError("--n and --batch must be at least 1")
-    if not all(0 <= c < run.model.cfg.n_class for c in classes):
+    if args.classes and not all(0 <= c < run.model.cfg.n_class for c in classes):
         raise InputError(f"--classes: the model has classes 0 to {run.model.cfg.n_class - 1}")
-    labels = torch.tensor([classes[i % len(classes)] for i in range(n)])
-    out = args.out or os.path.join(args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt), "sample")
+    shown, out = conditions(run, classes, n), args.out or default_out(args)
     settings["masked"] = args.masked
     if args.npz:
-        # the same weights, labels and settings go on in the same folder
+        # the same weights, labels or prompts, and settings go on in the same folder
         key = digest(*map(fingerprint, (run.model, run.tokenizer)), settings, classes, args.seed, args.batch, run.dtype)
-        images, _ = sample_in_chunks(run, labels, f"{out}.parts-{key}", args.seed, args.batch, **settings)
+        images, _ = sample_in_chunks(run, shown, f"{out}.parts-{key}", args.seed, args.batch, **settings)
     if rank:
         return                                                           # the pictures are few: process 0 draws them
     print(f"{n} images: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
-    shown = min(n, 16 * len(classes))
-    with tqdm(total=math.ceil(shown / args.batch) * len(settings["bands"]), desc="pictures", unit="band") as bar:
-        ladder = generate(run, labels[:shown], seed=args.seed, batch=args.batch, every_band=True, bar=bar, **settings)
-    save_grid(f"{out}.png", ladder[-1][:shown], min(len(classes), shown))
+    few = min(n, 16 * len(classes) if len(classes) <= 24 else 24)        # a file of prompts may be long
+    with tqdm(total=math.ceil(few / args.batch) * len(settings["bands"]), desc="pictures", unit="band") as bar:
+        ladder = generate(run, shown[:few], seed=args.seed, batch=args.batch, every_band=True, bar=bar, **settings)
+    save_grid(f"{out}.png", ladder[-1], min(len(classes), few))
     save_bands(f"{out}_bands.png", [images[:8] for images in ladder])
     written = [f"{out}.png", f"{out}_bands.png"]
     if args.gif:
-        save_gif(f"{out}.gif", [images[:shown] for images in ladder], min(len(classes), shown))
+        save_gif(f"{out}.gif", ladder, min(len(classes), few))
         written.append(f"{out}.gif")
     if args.npz:
-        save_npz(f"{out}.npz", images, labels)
+        numbers = range(len(classes)) if run.model.cfg.text_dim else classes                 # of the prompts, or the classes
+        save_npz(f"{out}.npz", images, torch.tensor([numbers[i % len(classes)] for i in range(n)]))
         shutil.rmtree(f"{out}.parts-{key}")
         written.append(f"{out}.npz")
-    names = run.data["class_names"]
-    print(f"columns: {', '.join(f'{c} {names[c]}' for c in classes[:24])}\nwritten: {', '.join(written)}")
+    names = [repr(c) if isinstance(c, str) else f"{c} {run.data['class_names'][c]}" for c in classes[:24]]
+    print(f"columns: {', '.join(names)}\nwritten: {', '.join(written)}")
 
 
 if __name__ == "__main__":

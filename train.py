@@ -6,6 +6,8 @@ Train FAR: data -> tokenizer (trained if there is none) -> latents (cached once)
     python train.py --data cifar10 --model far_s             # one GPU
     python train.py --data ~/photos --size 256 --model far_b # a folder of images, subfolders are classes
     python train.py --layout paper                           # the method as released by the authors
+    python train.py --text                                   # text to image: drawn scenes with captions
+    python train.py --text Qwen/Qwen2-1.5B --data ~/captioned --size 256 --tokenizer kl16.ckpt --model far_t2i
     torchrun --nproc_per_node 8 train.py --data ...          # several GPUs; --fsdp if the model does not fit into one
 
 Everything lands in --out. The same command again continues where the last one stopped.
@@ -32,6 +34,7 @@ from data import load_data, reading
 from far import LAYOUTS, PRESETS, FARConfig, Randomness, default_bands
 from mar import make_model
 from sample import save_reconstructions, save_samples
+from text import encode, load_encoder, text_source
 from tokenizer import STEPS as TOKENIZER_STEPS
 from tokenizer import (autocast, cache_latents, default_config, epoch_indices, faster_dtype, held_out_psnr, is_trained, load_exactly,
                        load_tokenizer, save_tokenizer, tokenizer_path, train_tokenizer)
@@ -41,7 +44,9 @@ def get_args():
     parser = OneLineParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     # what to train on
-    add("--data", default="shapes", help="shapes, fashion_mnist, cifar10, imagenet64, or a folder of images")
+    add("--data", help="shapes, fashion_mnist, cifar10, imagenet64, or a folder of images; for --text: shapes_text or a folder")
+    add("--text", nargs="?", const="bytes",
+        help="train on captions, with the encoder `bytes` (trained with the model) or a Qwen2 model by name or folder")
     add("--size", type=int, help="side of the images in pixels; by default the data's own")
     add("--data-dir", default="data", help="where data sets, tokenizers and cached latents are kept")
     add("--skip-bad", action="store_true", help="leave out images that cannot be read (counted) instead of stopping")
@@ -50,7 +55,7 @@ def get_args():
     add("--stride", type=int, help="pixels per token side: 4, 8 or 16; by default it follows the size")
     add("--tokenizer-steps", type=int, help=f"optimizer steps of a new tokenizer ({TOKENIZER_STEPS}, fewer if --steps is below a tenth)")
     # the model
-    add("--model", default="far_tiny", help=f"size: {', '.join(PRESETS)}")
+    add("--model", help=f"size: {', '.join(PRESETS)}; by default far_tiny, with --text far_tiny_t2i")
     add("--layout", default="band", help="band (ours), paper (the released method), random or raster (the baseline of mar.py)")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="change single fields of FARConfig, e.g. bands=1,2,4,8 lowpass=fft")
     # the run
@@ -66,7 +71,10 @@ def get_args():
     add("--fsdp", action="store_true", help="under torchrun: every process holds its share of weights, average and optimizer (FSDP2)")
     add("--checkpoint-activations", action="store_true", help="compute blocks again going backward: less memory, a third more work")
     add("--save-every", type=int, default=500, help="steps between checkpoints, and between pictures")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.data = args.data or ("shapes_text" if args.text else "shapes")
+    args.model = args.model or ("far_tiny_t2i" if args.text else "far_tiny")
+    return args
 
 
 # Training of a size. The paper's (FAR, implementation details): lr 1e-4 per 256 images, 100 warm-up epochs, then constant,
@@ -76,18 +84,21 @@ RECIPES = {
     "far_nano": dict(steps=4000, warmup=100, batch=32, lr=3e-3, cosine=True),
     "far_tiny": dict(steps=6000, warmup=100, batch=32, lr=3e-3, cosine=True),
     "far_s": dict(steps=100_000, warmup=1000, batch=128, lr=5e-4, cosine=True),
-    "far_b": PAPER, "far_l": PAPER, "far_h": PAPER, "far_xl": PAPER,
+    "far_t2i": dict(PAPER, epochs=100, ema=0.99),
+    "far_tiny_t2i": dict(steps=10_000, warmup=200, batch=32, lr=2e-3, cosine=True),
 }
 
 
-def model_config(args, data, tokenizer_cfg):
-    """FARConfig from preset, layout, data, tokenizer and --set. Raises InputError."""
+def model_config(args, data, tokenizer_cfg, encoder=None):
+    """FARConfig from preset, layout, data, tokenizer, text encoder and --set. Raises InputError."""
     if args.model not in PRESETS:
         raise InputError(f"--model {args.model} is not known; there are {', '.join(PRESETS)}")
     if args.layout not in LAYOUTS:
         raise InputError(f"--layout {args.layout} is not known; there are {', '.join(LAYOUTS)}")
     values = dict(latent_size=tokenizer_cfg.latent_size, latent_dim=tokenizer_cfg.latent_dim, n_class=data.n_class,
                   bands=default_bands(tokenizer_cfg.latent_size, args.layout), **PRESETS[args.model], **LAYOUTS[args.layout])
+    values["text_dim"] = 0 if not args.text else encoder.width if encoder else values["width"]
+    values["byte_depth"] = values.get("byte_depth", 2) if args.text and not encoder else 0
     known = {f.name: f.type for f in fields(FARConfig)}
     for item in args.set:
         name, _, text = item.partition("=")
@@ -149,7 +160,7 @@ def draw_latents(latents, indices, scale, draw, device):
 
 def make_recipe(args, n_images, world):
     """The training recipe as plain numbers: the preset's, with what the command line says instead. See RECIPES."""
-    recipe = dict(RECIPES[args.model])
+    recipe = dict(RECIPES.get(args.model, PAPER))
     recipe.update({name: value for name in ("steps", "batch", "lr") if (value := getattr(args, name)) is not None})
     if recipe["batch"] < 1 or args.accum < 1 or recipe["steps"] < 1 or not recipe["lr"] > 0:
         raise InputError("--steps, --batch, --accum and --lr must be positive")
@@ -171,13 +182,13 @@ def make_optimizer(model, lr, weight_decay=0.02):
                              lr=lr, betas=(0.9, 0.95), fused=next(model.parameters()).device.type in ("cpu", "cuda"))
 
 
-def time_step(model, batch):
-    """Seconds of one training step on random latents, after a warm-up step. Changes nothing."""
+def time_step(model, batch, text=None):
+    """Seconds of one training step on random latents, and the text of a batch if any, after a warm-up. Changes nothing."""
     cfg, device = model.cfg, model.band_std.device
     x = torch.randn(batch, cfg.latent_dim, cfg.latent_size, cfg.latent_size, device=device)
     for step in range(2):
         start = time.time()
-        model(x, Randomness(0, step, device), torch.zeros(batch, dtype=torch.long, device=device))[0].backward()
+        model(x, Randomness(0, step, device), torch.zeros(batch, dtype=torch.long, device=device), text)[0].backward()
         model.zero_grad(set_to_none=True)
     return time.time() - start
 
@@ -311,9 +322,15 @@ def main():
     # everything the user gave is looked at before any long work starts
     with first_process_first():                                          # which downloads, or checks every image, once
         data = load_data(args.data, args.size, args.data_dir, skip_bad=args.skip_bad, workers=loader_threads())
+    if "text_dim" in PRESETS.get(args.model, ()) and not args.text:
+        raise InputError(f"--model {args.model} draws from text: add --text")
+    if args.text and not data.captions:
+        raise InputError(f"--text needs captions and {data.name} has none: put NAME.txt or metadata.jsonl beside the images")
+    with first_process_first():
+        encoder = load_encoder(args.text, device, args.dtype) if args.text else None
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     tokenizer_cfg = fit_tokenizer(tokenizer.cfg, data, args.tokenizer) if tokenizer else default_config(data.size, data.channels, args.stride)
-    cfg = model_config(args, data, tokenizer_cfg)
+    cfg = model_config(args, data, tokenizer_cfg, encoder)
     recipe = make_recipe(args, len(data), world)
     # a quick check of a model, --steps 2, gets a quick tokenizer; its file name carries its steps
     tokenizer_steps = args.tokenizer_steps or min(TOKENIZER_STEPS, 10 * recipe["steps"])
@@ -322,6 +339,8 @@ def main():
     lock = lock_folder(out) if rank == 0 else None                       # held until the process ends
     effective = recipe["batch"] * args.accum * world
     run = dict(config=asdict(cfg), recipe={**recipe, "batch": effective}, seed=args.seed, data=data.fingerprint)
+    if encoder:
+        run["text"] = encoder.fingerprint
     path = os.path.join(out, "far.pt")
     before = resume_point(path, run, rank)
     start = before["step"] if before else 0
@@ -335,7 +354,8 @@ def main():
         f"x {world} processes)")
     if device.type == "cpu" and rank == 0 and start < recipe["steps"]:
         with autocast(device, args.dtype):
-            seconds = time_step(model, recipe["batch"]) * args.accum * (recipe["steps"] - start)
+            text = encode(encoder, [data.captions[i % len(data)] for i in range(recipe["batch"])]) if args.text else None
+            seconds = time_step(model, recipe["batch"], text) * args.accum * (recipe["steps"] - start)
         say(f"a timed step says: about {duration(seconds)} for the training of the model on this CPU"
             + ("; far_nano and far_tiny are meant for CPUs" if seconds > 7200 else ""))
 
@@ -344,6 +364,8 @@ def main():
     if rank == 0:
         save_tokenizer(os.path.join(out, "tokenizer.pt"), tokenizer)
     latents = cache_latents(tokenizer, data, args.data_dir, device, args.dtype)
+    with first_process_first():                                          # which asks a frozen encoder, once
+        texts = text_source(encoder, data, args.data_dir) if args.text else None
     scale = tokenizer.latent_scale.item()
 
     # model, average, optimizer
@@ -366,8 +388,13 @@ def main():
         for block in [*model.encoder, *model.decoder, *model.head.blocks]:
             block.compile()
     step_model = torch.nn.parallel.DistributedDataParallel(model) if world > 1 and not args.fsdp else model
-    trained_run = SimpleNamespace(model=ema, tokenizer=tokenizer, device=device, dtype=args.dtype,
-                                  data=dict(name=data.name, class_names=data.class_names))
+    about = dict(name=data.name, source=args.data, size=data.size, channels=data.channels, data_dir=args.data_dir,
+                 class_names=data.class_names)
+    if args.text:
+        about.update(text=args.text if not os.path.isdir(args.text) else os.path.abspath(args.text),
+                     text_dtype=encoder and encoder.dtype, text_fingerprint=encoder and encoder.fingerprint,
+                     prompts=[data.captions[i] for i in range(min(len(data), 8))])
+    trained_run = SimpleNamespace(model=ema, tokenizer=tokenizer, encoder=encoder, device=device, dtype=args.dtype, data=about)
 
     def save(step):
         """A collective: all processes call it, process 0 writes."""
@@ -376,8 +403,7 @@ def main():
         if rank == 0:
             save_checkpoint(path, dict(
                 kind="far", step=step, run=run, dtype=args.dtype, config=asdict(cfg), **states, sums=total,
-                data=dict(name=data.name, source=args.data, size=data.size, channels=data.channels, data_dir=args.data_dir,
-                          class_names=data.class_names)))
+                data=about))
 
     def draw_pictures():
         """Samples of the average as it is now; a sharded one is gathered first, by all processes."""
@@ -409,9 +435,10 @@ def main():
             draw = Randomness(args.seed + 1, number, device, rank, world)
             x = draw_latents(latents, indices, scale, draw, device)
             labels = data.labels[indices].to(device)
+            text = tuple(part.to(device) for part in texts(indices)) if texts else None
             waited += time.time() - clock
             with autocast(device, args.dtype):
-                loss, per_band = step_model(x, draw, labels)
+                loss, per_band = step_model(x, draw, labels, text)
             (loss / args.accum).backward()
             row = torch.cat([loss.detach()[None], per_band])
             sums += torch.stack([row.nan_to_num(), (~row.isnan()).float()]) / world
@@ -423,7 +450,7 @@ def main():
                              f"try --dtype fp32 or a lower --lr; the checkpoint in {out} is from before")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        update_ema(ema, model, step)
+        update_ema(ema, model, step, recipe.get("ema", 0.9999))
         done = step + 1
         if done % 50 == 0 or done == recipe["steps"]:
             seconds, (mean, *bands) = time.time() - interval, means(over_processes(sums))
@@ -452,7 +479,8 @@ def main():
         held_out = load_data(args.data, args.size, args.data_dir, "test", skip_bad=args.skip_bad)
         save_reconstructions(trained_run, held_out, os.path.join(out, "reconstructions.png"))
         print(f"pictures: {out}/samples.png, {out}/bands.png, {out}/reconstructions.png\n"
-              f"next:     python sample.py --ckpt {out} --n 64")
+              f"next:     python sample.py --ckpt {out} " + ('--prompt "a yellow star above a green square"' if texts else
+                                                             "--n 64"))
 
 
 if __name__ == "__main__":
