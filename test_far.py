@@ -29,6 +29,7 @@ from mar import make_model
 from published import load_published_far, our_name
 from tokenizer import AutoencoderKL, TokenizerConfig, epoch_indices, load_tokenizer
 
+torch.set_num_threads(1)       # as the subprocesses here: sums are rounded otherwise with other numbers of threads
 HERE = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.environ.get("FAR_GOLDEN", os.path.join(HERE, "..", "shared", "golden"))
 needs_golden = pytest.mark.skipif(not os.path.exists(os.path.join(GOLDEN, "far_tiny.npz")),
