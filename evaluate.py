@@ -32,6 +32,7 @@ from common import (InputError, OneLineParser, command_line, join_processes, loa
                     save_checkpoint, write_atomically)
 from data import find_images, load_data, reading, to_rgb
 from geneval import PUBLISHED, geneval, table, validate
+from far import sampling_defaults
 from sample import CHUNK, generate, load_run, sample_in_chunks, sampling_settings, whole_numbers
 from tokenizer import load_exactly, reconstruct, to_unit
 
@@ -182,18 +183,17 @@ def classifier_features(data, device="cpu", data_dir="data", test=None):
     """
     if data.labels is None or data.n_class < 2:
         raise InputError(f"{data.name} has no classes to train the classifier on: use --features inception")
+    path = os.path.join(data_dir, f"classifier_{data.name}_{data.size}_{data.fingerprint}.pt")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = Classifier(data.channels, data.size, data.n_class)
-    path = os.path.join(data_dir, f"classifier_{data.name}_{data.size}_{data.fingerprint}.pt")
-    if os.path.exists(path):
-        with reading(path):
-            load_exactly(net, load_checkpoint(path, kind="classifier")["state"], path)
-    else:
+        net, kept = (Classifier(data.channels, data.size, data.n_class) for _ in range(2))
+    if not os.path.exists(path):
         train_classifier(net, data, device)
         os.makedirs(data_dir, exist_ok=True)
         save_checkpoint(path, dict(kind="classifier", state=net.cpu().state_dict()))
-    return ClassifierFeatures(net, data, device, test)
+    with reading(path):                                      # what was just trained as well: the same memory layout, the same bits
+        load_exactly(kept, load_checkpoint(path, kind="classifier")["state"], path)
+    return ClassifierFeatures(kept, data, device, test)
 
 
 def train_classifier(net, data, device, steps=1500, batch=128):
@@ -439,6 +439,57 @@ def load_and_sample(args, device):
     path = os.path.join(folder, "samples.npz")
     write_samples(path, images, labels)
     return images, labels, rate, run, dict(ckpt=args.ckpt, step=run.step, **settings, images_in=path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the scores during training (train.py --eval-every)
+
+
+def check_progress(every, data, cfg):
+    """Raise InputError if a training cannot be scored every `every` steps: before it starts, not at the first time."""
+    if every < 1:
+        raise InputError("--eval-every must be at least 1")
+    if cfg.text_dim or data.n_class < 2:
+        raise InputError("--eval-every scores images by class, with a classifier: it is for models of two classes or more")
+    pyplot()
+
+
+def pyplot():
+    """matplotlib without a screen, for charts. Raises InputError if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("charts need matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+class Judge:
+    """Scores a training as it goes: judge(run) -> dict of scores of n samples, drawn as by default unless told otherwise."""
+
+    def __init__(self, data, test, device, data_dir, n=1000):
+        self.network, self.n = classifier_features(data, device, data_dir, test), n
+        self.reference = reference_of(Pick(data, 10000), self.network)
+
+    def __call__(self, run, seed=0, **sampling):
+        labels, start = torch.arange(self.n) % len(run.data["class_names"]), time.time()
+        images = generate(run, labels, seed=seed, batch=CHUNK, **{**sampling_defaults(run.model.cfg), **sampling})
+        seconds = round(time.time() - start, 2)
+        return dict(score(images, labels, self.network, self.reference), sampling_seconds=seconds)
+
+
+def draw_progress(metrics, path):
+    """The loss and the Frechet distance over the steps of a training: its metrics.jsonl -> a PNG."""
+    with open(metrics, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    figure, axes = pyplot().subplots(1, 2, figsize=(9, 3), layout="constrained")
+    for axis, key, name in zip(axes, ("loss", "frechet_distance"), ("loss", "FD (classifier)")):
+        axis.plot(*zip(*((line["step"], line[key]) for line in lines if key in line)), marker="." if key != "loss" else None)
+        axis.set(xlabel="step", title=name, yscale="log")
+        axis.grid(alpha=0.3)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    pyplot().close(figure)
 
 
 # ------------------------------------------------------------------------------------------------------------

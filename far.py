@@ -70,6 +70,7 @@ class FARConfig:
     # training
     label_drop: float = 0.1           # how often the condition is dropped, for guidance
     loss_weight: str = "uniform"      # of the bands: uniform, sine or article
+    ladder: str = "fixed"             # bands of a step, context all: fixed, all; random, any of them and the last: then sampling may skip bands
     mask: str = "none"                # share of tokens the encoder does not see: none, linear or truncnorm
     input_noise: float = 0.4          # lower bands carry noise of std up to this in training, so that a band repairs them
     # sampling
@@ -83,7 +84,7 @@ class FARConfig:
                 and max(self.depth, self.head_depth, self.byte_depth) <= 1000):
             raise ValueError("no network has these sizes: width, heads and channels from 1, at most 1000 blocks, a grid of at most 1024")
         choices = dict(order=("frequency", "random", "raster"), grid=("full", "band"), target=("full", "band"), context=("last", "all"), lowpass=("spatial", "fft"),
-                       schedule=("cosine", "linear"), predict=("v", "eps"), loss_weight=tuple(LOSS_WEIGHTS), mask=MASKS,
+                       schedule=("cosine", "linear"), predict=("v", "eps"), loss_weight=tuple(LOSS_WEIGHTS), mask=MASKS, ladder=("fixed", "random"),
                        guidance=("constant", "linear"), temperature_curve=("constant", "cosine"))
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -93,6 +94,8 @@ class FARConfig:
             raise ValueError(f"width {self.width} is not a multiple of n_head {self.n_head}")
         if self.byte_depth and (not self.text_dim or self.text_dim % self.n_head):
             raise ValueError(f"byte_depth needs a text_dim that is a multiple of n_head {self.n_head}, not {self.text_dim}")
+        if self.ladder == "random" and self.context == "last":
+            raise ValueError("ladder random needs context all: with context last every step trains one band anyway")
         if self.grid == "band" and self.target == "full":
             raise ValueError("target full (the head learns the unfiltered x) needs grid full")
         if self.n_class < 1:
@@ -483,10 +486,14 @@ class FAR(nn.Module):
         in this step). context all trains every band; context last one random band per image.
         """
         cfg, B, L = self.cfg, len(x), len(self.cfg.bands)
-        k_in, k_out = torch.tensor((0,) + cfg.bands[:-1]), torch.tensor(cfg.bands)
+        rungs = torch.arange(L)
+        if cfg.ladder == "random":
+            rungs = ((draw(torch.rand, 1, L)[0].cpu() < 0.5) | (rungs == L - 1)).nonzero()[:, 0]
+        k_out = torch.tensor(cfg.bands)[rungs]
+        k_in = torch.cat([torch.zeros(1, dtype=torch.long), k_out[:-1]])
         drop = draw(torch.rand, B) < cfg.label_drop
         if cfg.context == "all":
-            pick = torch.arange(L).expand(B, L)                                                  # (B, bands of this call)
+            pick = torch.arange(len(rungs)).expand(B, -1)                                        # (B, bands of this call)
             bands = list(zip(k_in.tolist(), k_out.tolist()))
         elif cfg.grid == "full":
             pick = (draw(torch.rand, B, 1).cpu() * L).long()
@@ -507,7 +514,7 @@ class FAR(nn.Module):
             target = x if cfg.target == "full" else self.band(x, b)
             targets.append(target.flatten(2).mT)                                                 # (B, N_l, C) each
         n_tokens = [t.shape[1] for t in targets]
-        hidden = self.hide(pick, n_tokens, draw) if cfg.mask != "none" else None
+        hidden = self.hide(k_in[pick], n_tokens, draw) if cfg.mask != "none" else None
         z = self.transformer(inputs, bands, self.condition(labels, text, drop), hidden)          # (B, N, D)
 
         weights = torch.tensor([LOSS_WEIGHTS[cfg.loss_weight](a, b, cfg.latent_size) for a, b in zip(k_in.tolist(), k_out.tolist())])
@@ -522,17 +529,17 @@ class FAR(nn.Module):
             mse, bits = self.head.loss(each(target), each(condition), t.flatten(0, 1), draw(torch.randn, B, r, N, C).flatten(0, 1))
             total = total + ((mse + bits).view(B, -1).sum(dim=1) * weights[l].to(x.device)).sum()
             count += mse.numel()
-            per_band[torch.arange(B), l.to(x.device)] = mse.detach().view(B, -1).mean(dim=1)
+            per_band[torch.arange(B), rungs[l].to(x.device)] = mse.detach().view(B, -1).mean(dim=1)
         return total / count, per_band.nanmean(dim=0)
 
-    def hide(self, pick, n_tokens, draw):
-        """Which tokens the encoder does not see: (B, N) bool, a random share per band (see mask_ratio)."""
-        k_in, B = (0,) + self.cfg.bands[:-1], len(pick)
+    def hide(self, k_in, n_tokens, draw):
+        """Which tokens the encoder does not see, given each band's input k_in (B, bands): (B, N) bool, a random share (see mask_ratio)."""
+        B = len(k_in)
         hidden = []
         for i, n in enumerate(n_tokens):
             u = draw(torch.rand, B, 1)
-            ratio = torch.tensor([[mask_ratio(self.cfg.mask, k_in[l], self.cfg.latent_size, float(v))]
-                                  for l, v in zip(pick[:, i].tolist(), u[:, 0])]).to(u)          # (B, 1)
+            ratio = torch.tensor([[mask_ratio(self.cfg.mask, k, self.cfg.latent_size, float(v))]
+                                  for k, v in zip(k_in[:, i].tolist(), u[:, 0])]).to(u)          # (B, 1)
             rank = draw(torch.rand, B, n).argsort(dim=1).argsort(dim=1)                          # (B, n), a random order
             hidden.append(rank < (ratio * n).floor())
         return torch.cat(hidden, dim=1)

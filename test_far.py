@@ -443,6 +443,38 @@ def test_a_wrong_configuration_says_what_is_wrong(changes, word):
         FARConfig(**{**SMALL, **changes})
 
 
+def test_random_ladders_train_the_last_band_always_and_skipped_bands_not():
+    model = small(ladder="random").train()
+    x, labels = torch.randn(2, 4, 8, 8), torch.tensor([0, 1])
+    trained = []
+    for step in range(12):
+        loss, per_band = model(x, Randomness(0, step), labels)
+        assert torch.isfinite(loss) and torch.isfinite(per_band[-1])
+        trained.append(torch.isfinite(per_band))
+    shares = torch.stack(trained).float().mean(dim=0)
+    assert shares[-1] == 1 and (shares[:-1] > 0).all() and (shares[:-1] < 1).all()
+    for bands in ((8,), (1, 8), (2, 4, 8)):
+        assert len(model.eval().sample(labels, bands=bands, steps=(1, 1))) == len(bands)
+    with pytest.raises(ValueError, match="context"):
+        small("paper", ladder="random")
+
+
+def test_skipping_bands_in_training_is_training_on_the_shorter_ladder():
+    x, labels = torch.randn(2, 4, 8, 8), torch.tensor([0, 1])
+
+    class AllButTwo(Randomness):                        # draws that skip band 2, and nothing else of note
+        def __call__(self, kind, n, *shape):
+            if (n, *shape) == (1, 4):
+                return torch.tensor([[0.1, 0.9, 0.1, 0.9]])
+            return super().__call__(kind, n, *shape)
+
+    long, short = small(ladder="random"), small(bands=(1, 4, 8))
+    short.load_state_dict(long.state_dict())
+    loss, per_band = long(x, AllButTwo(0, 0), labels)
+    expected, bands = short(x, Randomness(0, 0), labels)
+    assert torch.equal(loss, expected) and torch.equal(per_band[[0, 2, 3]], bands) and per_band[1].isnan()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Agreement with the authors' network
 
@@ -793,6 +825,7 @@ BAD_TRAIN = {
     "unknown field": (["--set", "wdth=3"], "width"), "bad value": (["--set", "width=abc"], "not a valid int"),
     "size and stride": (["--size", "18"], "multiple of"), "stride": (["--stride", "5"], "4, 8 or 16"),
     "bands": (["--set", "bands=1,2,3"], "end at"), "batch": (["--batch", "0"], "positive"),
+    "eval": (["--eval-every", "0"], "at least 1"), "ladder": (["--layout", "paper", "--set", "ladder=random"], "context all"),
     "no tokenizer file": (["--tokenizer", "nothing.pt"], "no file"), "device": (["--device", "cuda:7"], "--device cuda:7"),
 }
 

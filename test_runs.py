@@ -55,6 +55,34 @@ def finish(script, *arguments, processes=1):
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes
 
+def test_a_training_shows_its_scores_and_a_resumed_one_the_same(mini, cli, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the chart of a training needs matplotlib")
+    root, arguments = mini
+    monkeypatch.setattr(evaluate.train_classifier, "__defaults__", (20, 16))
+    monkeypatch.setattr(evaluate.Judge.__init__, "__defaults__", (40,))
+    monkeypatch.setitem(train.RECIPES, "far_nano", dict(train.RECIPES["far_nano"], warmup=1))
+    flags = [*arguments, "--steps", 4, "--eval-every", 2, "--save-every", 2]
+    read = lambda out: [{key: value for key, value in json.loads(line).items() if "second" not in key and key not in ("images_per_s", "waiting", "memory_gib")}
+                        for line in open(out / "metrics.jsonl")]
+    assert cli("train", *flags, "--out", tmp_path / "one")[0] == 0
+    scores = [line for line in read(tmp_path / "one") if "frechet_distance" in line]
+    assert [line["step"] for line in scores] == [2, 4] and all(0 <= line["accuracy"] <= 1 for line in scores)
+    assert Image.open(tmp_path / "one" / "progress.png").size[0] > 500
+    # stopped in the second evaluation: the same command repeats it, and no line is there twice
+    judge, calls = evaluate.Judge.__call__, []
+
+    def interrupted(self, run):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return judge(self, run)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.Judge, "__call__", interrupted)
+        assert cli("train", *flags, "--out", tmp_path / "two")[0] != 0
+    assert cli("train", *flags, "--out", tmp_path / "two")[0] == 0
+    assert read(tmp_path / "two") == read(tmp_path / "one")
+
+
 def test_a_checkpoint_moves_between_one_process_ddp_and_fsdp(mini, cli, tmp_path, monkeypatch):
     root, arguments = mini
     common_flags = ["--set", "dropout=0", "--steps", 8]

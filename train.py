@@ -31,6 +31,7 @@ from tqdm import tqdm
 from common import (InputError, OneLineParser, barrier, command_line, first_process_first, join_processes, load_checkpoint,
                     loader_threads, peak_memory, pick_device, previous, save_checkpoint, write_atomically)
 from data import load_data, reading
+from evaluate import Judge, check_progress, draw_progress
 from far import LAYOUTS, PRESETS, FARConfig, Randomness, default_bands
 from mar import make_model
 from sample import save_reconstructions, save_samples
@@ -71,6 +72,7 @@ def get_args():
     add("--fsdp", action="store_true", help="under torchrun: every process holds its share of weights, average and optimizer (FSDP2)")
     add("--checkpoint-activations", action="store_true", help="compute blocks again going backward: less memory, a third more work")
     add("--save-every", type=int, default=500, help="steps between checkpoints, and between pictures")
+    add("--eval-every", type=int, metavar="N", help="every N steps score 1,000 samples (see evaluate.py) into metrics.jsonl and progress.png")
     args = parser.parse_args()
     args.data = args.data or ("shapes_text" if args.text else "shapes")
     args.model = args.model or ("far_tiny_t2i" if args.text else "far_tiny")
@@ -331,6 +333,8 @@ def main():
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     tokenizer_cfg = fit_tokenizer(tokenizer.cfg, data, args.tokenizer) if tokenizer else default_config(data.size, data.channels, args.stride)
     cfg = model_config(args, data, tokenizer_cfg, encoder)
+    if args.eval_every is not None:
+        check_progress(args.eval_every, data, cfg)
     recipe = make_recipe(args, len(data), world)
     # a quick check of a model, --steps 2, gets a quick tokenizer; its file name carries its steps
     tokenizer_steps = args.tokenizer_steps or min(TOKENIZER_STEPS, 10 * recipe["steps"])
@@ -405,15 +409,19 @@ def main():
                 kind="far", step=step, run=run, dtype=args.dtype, config=asdict(cfg), **states, sums=total,
                 data=about))
 
-    def draw_pictures():
-        """Samples of the average as it is now; a sharded one is gathered first, by all processes."""
+    def look(at):
+        """Process 0 calls `at` with the run as it is now; a sharded average is gathered first, by all processes."""
         if args.fsdp:
             state = whole(ema.state_dict(), rank)
             if rank == 0:
                 trained_run.model = make_model(cfg).to(device).requires_grad_(False)
                 trained_run.model.load_state_dict(state)
         if rank == 0:
-            save_samples(trained_run, out, seed=args.seed)
+            at(trained_run)
+
+    draw_pictures = lambda run: save_samples(run, out, seed=args.seed)
+    if args.eval_every and rank == 0:
+        judge = Judge(data, load_data(args.data, args.size, args.data_dir, "test", skip_bad=args.skip_bad), device, args.data_dir)
 
     stop = []                                                            # Ctrl-C and SIGTERM: finish the step, save, leave
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -463,18 +471,22 @@ def main():
                                 f"waiting {values['waiting']:.1%}")
             seen, waited, interval = 0, 0.0, time.time()
             sums.zero_()
+        clock = time.time()
+        if args.eval_every and done % args.eval_every == 0:              # before the save, which keeps the log's lines up to here
+            look(lambda run: metrics.write(step=done, **judge(run)))
+            if rank == 0:
+                draw_progress(os.path.join(out, "metrics.jsonl"), os.path.join(out, "progress.png"))
         stopping = over_processes(torch.tensor(float(len(stop)), device=device)) > 0 if world > 1 else bool(stop)    # all, or none
         if done % args.save_every == 0 or done == recipe["steps"] or stopping:
             save(done)
             if not stopping and done < recipe["steps"]:
-                clock = time.time()
-                draw_pictures()
-                interval += time.time() - clock                          # the rate in the log is that of training
+                look(draw_pictures)
+        interval += time.time() - clock                                  # the rate in the log is that of training
         if stopping:
             say(f"\nstopped after step {done}; it is saved, and the same command continues")
             return
 
-    draw_pictures()
+    look(draw_pictures)
     if rank == 0:
         held_out = load_data(args.data, args.size, args.data_dir, "test", skip_bad=args.skip_bad)
         save_reconstructions(trained_run, held_out, os.path.join(out, "reconstructions.png"))
