@@ -33,6 +33,8 @@ from train import model_config
 FAST = dict(sampler="dpmpp", steps=(10, 10), cfg_scale=1.25)             # every row samples so, unless it says otherwise
 PAPER = ["--layout", "paper", "--set", "predict=v", "guidance=constant", "temperature_curve=constant", "bands=1,2,4"]
 
+CHANGE = lambda *fields: ["--set", *fields]                              # of the default layout
+
 # table: title, rows. Row: name, what is trained (train.py's arguments), how it is sampled. The first row is the reference.
 TABLES = {
     "target": ("What the head learns, every band on the full grid (article, table S1)", [
@@ -40,30 +42,36 @@ TABLES = {
         ("the band x^l", [*PAPER, "target=band"], {}),
         ("the band on its own grid, one band a step", [*PAPER, "target=band", "grid=band"], {})]),
     "mask": ("Share of tokens hidden in training (table S2)", [
-        ("none", [], {}), ("linear, 0.7 to 0", ["--set", "mask=linear"], {}), ("truncated normal", ["--set", "mask=truncnorm"], {}),
-        ("linear, masked sampling too", ["--set", "mask=linear"], dict(masked=True))]),
+        ("none", [], {}), ("linear, 0.7 to 0", CHANGE("mask=linear"), {}),
+        ("truncated normal", CHANGE("mask=truncnorm"), {}),
+        ("linear, masked sampling too", CHANGE("mask=linear"), dict(masked=True))]),
     "weight": ("Loss weight of the bands (table S3)", [
-        ("uniform", [], {}), ("sine", ["--set", "loss_weight=sine"], {}), ("the article's formula", ["--set", "loss_weight=article"], {})]),
-    "lowpass": ("Low-pass", [("spatial", [], {}), ("Fourier", ["--set", "lowpass=fft"], {})]),
+        ("uniform", [], {}), ("sine", CHANGE("loss_weight=sine"), {}),
+        ("the article's formula", CHANGE("loss_weight=article"), {})]),
+    "lowpass": ("Low-pass", [("spatial", [], {}), ("Fourier", CHANGE("lowpass=fft"), {})]),
     "layout": ("Layout", [
         ("band", [], {}), ("paper", [*PAPER], {}),
-        ("paper as released: noise prediction, 100 steps of ddpm", ["--layout", "paper"], dict(sampler="ddpm", steps=(100, 100), bands=None))]),
+        ("paper as released: noise prediction, ddpm", ["--layout", "paper"],
+         dict(sampler="ddpm", steps=(100, 100), bands=None))]),
     "bands": ("Band list", [
-        ("1,2,4", [], {}), ("4", ["--set", "bands=4"], {}), ("1,4", ["--set", "bands=1,4"], {}), ("2,4", ["--set", "bands=2,4"], {}),
-        ("1,2,3,4", ["--set", "bands=1,2,3,4"], {})]),
+        ("1,2,4", [], {})] + [(bands, CHANGE(f"bands={bands}"), {}) for bands in ("4", "1,4", "2,4", "1,2,3,4")]),
+    "ladder": ("Random sub-lists of the bands 1,2,3,4 in training, sampled with all of them", [
+        ("always all", CHANGE("bands=1,2,3,4"), {}), ("random", CHANGE("bands=1,2,3,4", "ladder=random"), {})]),
     "head": ("Width of the diffusion head", [
-        ("128", [], {}), ("64", ["--set", "head_width=64"], {}), ("256", ["--set", "head_width=256"], {})]),
+        ("128", [], {}), ("64", CHANGE("head_width=64"), {}), ("256", CHANGE("head_width=256"), {})]),
+    "times": ("Diffusion steps that training shows", [("logit-normal", [], {}), ("uniform", CHANGE("times=uniform"), {})]),
     "noise": ("Noise on the lower bands in training", [
-        ("0.4", [], {}), ("none", ["--set", "input_noise=0"], {}), ("0.8", ["--set", "input_noise=0.8"], {})]),
+        ("0.4", [], {}), ("none", CHANGE("input_noise=0"), {}), ("0.8", CHANGE("input_noise=0.8"), {})]),
     "steps": ("Diffusion steps (dpmpp) of the lowest and the highest band", [
-        ("10", [], {}), ("5", [], dict(steps=(5, 5))), ("20", [], dict(steps=(20, 20))), ("50", [], dict(steps=(50, 50))),
-        ("100", [], dict(steps=(100, 100))), ("growing 4 to 16", [], dict(steps=(4, 16))),
-        ("shrinking 16 to 4", [], dict(steps=(16, 4))), ("100 of ddpm", [], dict(steps=(100, 100), sampler="ddpm"))]),
+        ("10", [], {})] + [(str(n), [], dict(steps=(n, n))) for n in (5, 20, 50, 100)] + [
+        ("growing 4 to 16", [], dict(steps=(4, 16))), ("shrinking 16 to 4", [], dict(steps=(16, 4))),
+        ("100 of ddpm", [], dict(steps=(100, 100), sampler="ddpm"))]),
     "guidance": ("Guidance", [("1.25", [], {})] + [(f"{w:g}", [], dict(cfg_scale=w)) for w in (1.0, 1.5, 2.0, 3.0, 4.0)]),
-    "temperature": ("Temperature", [("1", [], {})] + [(f"{tau:g}", [], dict(temperature=tau)) for tau in (0.8, 0.9, 0.95, 1.05)]),
+    "temperature": ("Temperature", [
+        ("1", [], {})] + [(f"{tau:g}", [], dict(temperature=tau)) for tau in (0.8, 0.9, 0.95, 1.05)]),
 }
 # One transformer and head, three orders (MAR and raster: mar.py); the frequency model has learned to skip bands
-LADDER = ["--set", "bands=1,2,3,4", "ladder=random"]
+LADDER = CHANGE("bands=1,2,3,4", "ladder=random")
 ORDERS = {
     "frequency": [(LADDER, dict(bands=bands)) for bands in ((4,), (1, 4), (1, 2, 4), (1, 2, 3, 4))],
     "random": [(["--layout", "random"], dict(ar_steps=n)) for n in (1, 2, 4, 8, 16)],
@@ -97,8 +105,15 @@ def run_row(job):
     data, test = (load_data("fashion_mnist", None, job["data_dir"], split) for split in ("train", "test"))
     run = load_run(job["folder"], job["device"])
     own = sampling_defaults(run.model.cfg)
-    sampling = {**own, **FAST, **{key: own[key] if value is None else value for key, value in job["sampling"].items()}}
-    return dict(Judge(data, test, job["device"], job["data_dir"], job["n"])(run, job["seed"], **sampling), training_rate=rates[len(rates) // 2])
+    changes = {key: own[key] if value is None else value for key, value in job["sampling"].items()}
+    sampling = {**own, **FAST, **changes}
+    judge = Judge(data, test, job["device"], job["data_dir"], job["n"])
+    return dict(judge(run, job["seed"], **sampling), training_rate=rates[len(rates) // 2])
+
+
+def run_rows(jobs):
+    """Rows that share a training, in order -> list of (job, result)."""
+    return [(job, run_row(job)) for job in jobs]
 
 
 def mean_and_spread(rows, key):
@@ -109,15 +124,17 @@ def mean_and_spread(rows, key):
 
 def write_table(name, rows):
     """Markdown lines and the PNG's bars. rows: list of (row name, results of its seeds)."""
-    lines = [f"| {name} | steps | training images/s | FD (classifier) | spread | against the first | recall | label right | seconds / 1,000 images |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    lines = [f"| {name} | training steps | images/s there | FD (classifier) | spread | against the first | recall "
+             "| label right | s / 1,000 images |", "|---|---|---|---|---|---|---|---|---|"]
     first, first_spread = mean_and_spread(rows[0][1], "frechet_distance")
     for title, results in rows:
         fd, spread = mean_and_spread(results, "frechet_distance")
-        verdict = "" if results is rows[0][1] else "within the spread" if abs(fd - first) <= max(spread, first_spread) else "better" if fd < first else "worse"
-        means = {key: mean_and_spread(results, key)[0] for key in ("recall", "accuracy", "training_rate", "sampling_seconds")}
-        lines.append(f"| {title} | {results[0]['steps']:,} | {means['training_rate']:.0f} | {fd:.2f} | {spread:.2f} | {verdict} | {means['recall']:.3f} "
-                     f"| {means['accuracy']:.3f} | {1000 * means['sampling_seconds'] / results[0]['n']:.1f} |")
+        clear = abs(fd - first) > max(spread, first_spread)
+        verdict = "" if results is rows[0][1] else ("better" if fd < first else "worse") if clear else "within the spread"
+        rate, recall, right, seconds = (mean_and_spread(results, key)[0] for key in (
+            "training_rate", "recall", "accuracy", "sampling_seconds"))
+        lines.append(f"| {title} | {results[0]['steps']:,} | {rate:.0f} | {fd:.2f} | {spread:.2f} | {verdict} | {recall:.3f} "
+                     f"| {right:.3f} | {1000 * seconds / results[0]['n']:.1f} |")
     return lines
 
 
@@ -125,7 +142,8 @@ def draw_bars(path, title, rows):
     """One bar per row, the mean Frechet distance, with a dot for every seed."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 0.7 + 0.35 * len(rows)), layout="constrained")
-    axis.barh([name for name, _ in rows], [mean_and_spread(results, "frechet_distance")[0] for _, results in rows], color="#9db8d2")
+    means = [mean_and_spread(results, "frechet_distance")[0] for _, results in rows]
+    axis.barh([name for name, _ in rows], means, color="#9db8d2")
     for i, (_, results) in enumerate(rows):
         axis.plot([row["frechet_distance"] for row in results], [i] * len(results), "k.", ms=4)
     axis.invert_yaxis()
@@ -141,7 +159,8 @@ def draw_orders(path, orders):
     for name, points in orders.items():
         fd = [mean_and_spread(results, "frechet_distance")[0] for _, results in points]
         axes[0].plot([steps for steps, _ in points], fd, "o-", label=name)
-        axes[1].plot([mean_and_spread(results, "sampling_seconds")[0] / results[0]["n"] for _, results in points], fd, "o-", label=name)
+        seconds = [mean_and_spread(results, "sampling_seconds")[0] / results[0]["n"] for _, results in points]
+        axes[1].plot(seconds, fd, "o-", label=name)
     axes[0].set(xlabel="autoregressive steps", ylabel="FD (classifier)", xscale="log", yscale="log")
     axes[1].set(xlabel="seconds / image, one core", xscale="log")
     axes[0].legend(title="order")
@@ -153,7 +172,8 @@ def get_args():
     parser = OneLineParser(prog="ablate.py", description=__doc__.split("\n\n")[0].strip())
     parser.add_argument("--only", nargs="+", choices=[*TABLES, "orders"], help="some of the tables")
     parser.add_argument("--model", default="far_nano", help="preset (%(default)s)")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of the default layout, the budget of every row (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1500,
+                        help="training steps of the default layout; the budget of every row (%(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="trainings of each kind (%(default)s)")
     parser.add_argument("--n", type=int, default=2000, help="images per row and seed (%(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows at once, one thread each (%(default)s)")
@@ -177,16 +197,19 @@ def main():
 
     def job_of(train_args, sampling, seed):
         steps = same_compute(train_args, args.model, data, args.steps)
-        command = ["--data", "fashion_mnist", "--data-dir", args.data_dir, "--model", args.model, "--steps", str(steps), "--seed", str(seed),
-                   "--tokenizer-steps", str(TOKENIZER_STEPS), "--save-every", "1000000", "--device", "cpu", *train_args]
         name = " ".join([args.model, *train_args]).replace("--", "").replace(" ", "_") + f"_{steps}_seed{seed}"
-        return dict(key=f"{name} {sorted(sampling.items())} {args.n}", folder=os.path.join(args.out, name), sampling=sampling, seed=seed, steps=steps,
-                    n=args.n, data_dir=args.data_dir, device="cpu", command=[*command[:2], "--out", os.path.join(args.out, name), *command[2:]])
+        folder = os.path.join(args.out, name)
+        command = ["--data", "fashion_mnist", "--data-dir", args.data_dir, "--out", folder, "--model", args.model,
+                   "--steps", str(steps), "--seed", str(seed), "--tokenizer-steps", str(TOKENIZER_STEPS),
+                   "--save-every", "1000000", "--device", "cpu", *train_args]
+        return dict(key=f"{name} {sorted(sampling.items())} {args.n}", folder=folder, command=command, sampling=sampling,
+                    seed=seed, steps=steps, n=args.n, data_dir=args.data_dir, device="cpu")
 
     wanted = {name: TABLES[name][1] for name in TABLES if not args.only or name in args.only}
-    jobs = [job_of(train_args, sampling, seed) for table in wanted.values() for _, train_args, sampling in table for seed in range(args.seeds)]
+    kinds = [(train_args, sampling) for table in wanted.values() for _, train_args, sampling in table]
     if not args.only or "orders" in args.only:
-        jobs += [job_of(*point, seed) for points in ORDERS.values() for point in points for seed in range(args.seeds)]
+        kinds += [point for points in ORDERS.values() for point in points]
+    jobs = [job_of(*kind, seed) for kind in kinds for seed in range(args.seeds)]
     todo = {job["key"]: job for job in jobs if job["key"] not in rows}
     by_training = {}
     for job in todo.values():                                            # rows of one training go one after the other
@@ -205,27 +228,22 @@ def main():
         bar.close()
 
     results = lambda train_args, sampling: [rows[job_of(train_args, sampling, seed)["key"]] for seed in range(args.seeds)]
-    lines = [f"Fashion-MNIST, {args.model}, the training FLOPs of {args.steps:,} steps of batch 32 in the band layout for every row, {args.seeds} seeds, "
-             f"{args.n:,} samples against 10,000 training images in the features of our own classifier, one thread a row, "
-             f"{args.jobs} rows at once. Spread: largest minus smallest of the seeds.", ""]
+    lines = [f"Fashion-MNIST, {args.model}, every row with the training FLOPs of {args.steps:,} steps of batch 32 in the band "
+             f"layout, {args.seeds} seeds, {args.n:,} samples against 10,000 training images in the features of our own "
+             "classifier, one thread a row. Spread: largest minus smallest of the seeds.", ""]
     for name, table in wanted.items():
         filled = [(title, results(train_args, sampling)) for title, train_args, sampling in table]
         lines += [f"**{TABLES[name][0]}**", "", *write_table(name, filled), ""]
         draw_bars(os.path.join(args.out, f"{name}.png"), TABLES[name][0], filled)
     if not args.only or "orders" in args.only:
-        orders = {name: [(len(sampling.get("bands", ())) or sampling["ar_steps"], results(train_args, sampling)) for train_args, sampling in points]
-                  for name, points in ORDERS.items()}
+        orders = {name: [(len(sampling.get("bands", ())) or sampling["ar_steps"], results(train_args, sampling))
+                         for train_args, sampling in points] for name, points in ORDERS.items()}
         lines += ["**Frequency against position**", ""] + write_table("order, autoregressive steps", [
             (f"{name}, {steps}", filled) for name, points in orders.items() for steps, filled in points])
         draw_orders(os.path.join(args.out, "orders.png"), orders)
     text = "\n".join(lines)
     write_atomically(os.path.join(args.out, "ablations.md"), lambda file: file.write(text.encode()))
     print(f"{text}\n\n{(time.time() - start) / 60:.0f} minutes; written: {args.out}/ablations.md and a PNG for every table")
-
-
-def run_rows(jobs):
-    """Rows that share a training, in order -> list of (job, result)."""
-    return [(job, run_row(job)) for job in jobs]
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ from text import ByteEncoder
 #             tokens of a band      what the head learns            what the transformer sees
 LAYOUTS = {
     "paper": dict(grid="full",      target="full",                  context="last",
-                  predict="eps", input_noise=0.0, loss_weight="sine", guidance="linear", temperature_curve="cosine"),
+                  predict="eps", times="uniform", input_noise=0.0, loss_weight="sine", guidance="linear", temperature_curve="cosine"),
     "band":  dict(grid="band",      target="band",                  context="all",
-                  predict="v", input_noise=0.4, loss_weight="uniform", guidance="constant", temperature_curve="constant"),
+                  predict="v", times="logit-normal", input_noise=0.4, loss_weight="uniform", guidance="constant", temperature_curve="constant"),
 }
 # The baseline of mar.py: no bands, tokens by position
 LAYOUTS["random"] = dict(order="random", grid="full", target="full", context="last", predict="v", input_noise=0.0, mask="truncnorm")
@@ -66,6 +66,7 @@ class FARConfig:
     head_depth: int = 3
     schedule: str = "cosine"          # noise schedule: cosine or linear
     predict: str = "v"                # v or eps
+    times: str = "logit-normal"       # diffusion steps of training: uniform, or logit-normal, which are more often in the middle
     noise_levels: int = 4             # noise levels that each z of the largest band is trained with per step ("diffusion batch multiplier")
     # training
     label_drop: float = 0.1           # how often the condition is dropped, for guidance
@@ -84,7 +85,7 @@ class FARConfig:
                 and max(self.depth, self.head_depth, self.byte_depth) <= 1000):
             raise ValueError("no network has these sizes: width, heads and channels from 1, at most 1000 blocks, a grid of at most 1024")
         choices = dict(order=("frequency", "random", "raster"), grid=("full", "band"), target=("full", "band"), context=("last", "all"), lowpass=("spatial", "fft"),
-                       schedule=("cosine", "linear"), predict=("v", "eps"), loss_weight=tuple(LOSS_WEIGHTS), mask=MASKS, ladder=("fixed", "random"),
+                       schedule=("cosine", "linear"), predict=("v", "eps"), times=("uniform", "logit-normal"), loss_weight=tuple(LOSS_WEIGHTS), mask=MASKS, ladder=("fixed", "random"),
                        guidance=("constant", "linear"), temperature_curve=("constant", "cosine"))
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -525,7 +526,7 @@ class FAR(nn.Module):
             r = round(cfg.noise_levels * math.sqrt(max(n_tokens) / N)) if cfg.context == "all" else cfg.noise_levels
             condition = self.head.condition(z_l, k_in[l].to(z_l)[:, None, None])                 # (B, N_l, W), once for r levels
             each = lambda v: v[:, None].expand(B, r, N, v.shape[-1]).flatten(0, 1)               # (B r, N_l, .)
-            t = (draw(torch.rand, B, r, N) * len(self.head.abar)).long()
+            t = self.head.draw_times(cfg.times, draw, B, r, N)
             mse, bits = self.head.loss(each(target), each(condition), t.flatten(0, 1), draw(torch.randn, B, r, N, C).flatten(0, 1))
             total = total + ((mse + bits).view(B, -1).sum(dim=1) * weights[l].to(x.device)).sum()
             count += mse.numel()
@@ -596,7 +597,7 @@ class FAR(nn.Module):
 
 PRESETS = {
     "far_nano": dict(width=96, depth=2, n_head=4, n_cond=1, head_width=128, head_depth=2, noise_levels=2),
-    "far_tiny": dict(width=160, depth=3, n_head=5, n_cond=1, head_width=192, head_depth=3, noise_levels=2),
+    "far_tiny": dict(width=128, depth=2, n_head=4, n_cond=1, head_width=160, head_depth=2, noise_levels=2),
     "far_s": dict(width=384, depth=6, n_head=6, n_cond=4, head_width=384, head_depth=4),
     "far_b": dict(width=768, depth=12, n_head=12, n_cond=64, head_width=1024, head_depth=6, dropout=0.1),
     "far_l": dict(width=1024, depth=16, n_head=16, n_cond=64, head_width=1024, head_depth=3, dropout=0.1),
@@ -605,7 +606,7 @@ PRESETS = {
 PRESETS["far_xl"] = PRESETS["far_h"]                     # the authors' other name for it
 # Text to image: far_l with cross-attention to Qwen2-1.5B's vectors, and a small one. Any other size takes text as well.
 PRESETS["far_t2i"] = dict(PRESETS["far_l"], text_dim=1536)
-PRESETS["far_tiny_t2i"] = dict(width=128, depth=3, n_head=4, n_cond=1, head_width=192, head_depth=3, text_dim=128,
+PRESETS["far_tiny_t2i"] = dict(width=128, depth=2, n_head=4, n_cond=1, head_width=160, head_depth=2, noise_levels=2, text_dim=128,
                                byte_depth=2)
 
 

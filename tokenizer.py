@@ -389,7 +389,7 @@ def save_tokenizer(path, tokenizer, **more):
     save_checkpoint(path, dict(content, model=tokenizer.state_dict(), latent_scale=tokenizer.latent_scale.item()))
 
 
-STEPS = 4000
+STEPS = 2500
 
 
 def train_tokenizer(data, cfg, path, steps=STEPS, batch=None, lr=None, kl_weight=1e-2, seed=0, device="cpu", dtype="fp32",
