@@ -30,8 +30,9 @@ from tokenizer import STEPS as TOKENIZER_STEPS
 from tokenizer import default_config
 from train import model_config
 
-FAST = dict(sampler="dpmpp", steps=(10, 10), cfg_scale=1.25)             # every row samples so, unless it says otherwise
-PAPER = ["--layout", "paper", "--set", "predict=v", "guidance=constant", "temperature_curve=constant", "bands=1,2,4"]
+# every row samples so, unless it says otherwise
+FAST = dict(sampler="dpmpp", steps=(10, 10), cfg_scale=4.0, temperature=1.1)
+PAPER = ["--layout", "paper", "--set", "predict=v", "times=logit-normal", "temperature_curve=constant", "bands=1,2,4"]
 
 CHANGE = lambda *fields: ["--set", *fields]                              # of the default layout
 
@@ -52,7 +53,7 @@ TABLES = {
     "layout": ("Layout", [
         ("band", [], {}), ("paper", [*PAPER], {}),
         ("paper as released: noise prediction, ddpm", ["--layout", "paper"],
-         dict(sampler="ddpm", steps=(100, 100), bands=None))]),
+         dict(sampler="ddpm", steps=(100, 100), temperature=1.0, bands=None))]),
     "bands": ("Band list", [
         ("1,2,4", [], {})] + [(bands, CHANGE(f"bands={bands}"), {}) for bands in ("4", "1,4", "2,4", "1,2,3,4")]),
     "ladder": ("Random sub-lists of the bands 1,2,3,4 in training, sampled with all of them", [
@@ -65,18 +66,23 @@ TABLES = {
     "steps": ("Diffusion steps (dpmpp) of the lowest and the highest band", [
         ("10", [], {})] + [(str(n), [], dict(steps=(n, n))) for n in (5, 20, 50, 100)] + [
         ("growing 4 to 16", [], dict(steps=(4, 16))), ("shrinking 16 to 4", [], dict(steps=(16, 4))),
-        ("100 of ddpm", [], dict(steps=(100, 100), sampler="ddpm"))]),
-    "guidance": ("Guidance", [("1.25", [], {})] + [(f"{w:g}", [], dict(cfg_scale=w)) for w in (1.0, 1.5, 2.0, 3.0, 4.0)]),
+        ("100 of ddpm", [], dict(steps=(100, 100), sampler="ddpm")),
+        ("100 of ddpm, temperature 1", [], dict(steps=(100, 100), sampler="ddpm", temperature=1.0))]),
+    "guidance": ("Guidance over the bands", [
+        ("linear, 1 towards 4", [], {})] + [(f"linear, 1 towards {w:g}", [], dict(cfg_scale=w)) for w in (2.0, 3.0, 6.0)] + [
+        ("none", [], dict(cfg_scale=1.0))] + [
+        (f"constant, {w:g}", [], dict(cfg_scale=w, guidance="constant")) for w in (1.5, 2.0, 3.0, 4.0)]),
     "temperature": ("Temperature", [
-        ("1", [], {})] + [(f"{tau:g}", [], dict(temperature=tau)) for tau in (0.8, 0.9, 0.95, 1.05)]),
+        ("1.1", [], {})] + [(f"{tau:g}", [], dict(temperature=tau)) for tau in (0.8, 0.9, 1.0, 1.2)]),
 }
 # One transformer and head, three orders (MAR and raster: mar.py); the frequency model has learned to skip bands
 LADDER = CHANGE("bands=1,2,3,4", "ladder=random")
 ORDERS = {
     "frequency": [(LADDER, dict(bands=bands)) for bands in ((4,), (1, 4), (1, 2, 4), (1, 2, 3, 4))],
-    "random": [(["--layout", "random"], dict(ar_steps=n)) for n in (1, 2, 4, 8, 16)],
-    "raster": [(["--layout", "raster"], dict(ar_steps=n)) for n in (1, 2, 4, 8, 16)],
+    "random": [(["--layout", "random"], dict(ar_steps=n)) for n in (1, 4, 8, 16)],
+    "raster": [(["--layout", "raster"], dict(ar_steps=n)) for n in (1, 4, 8, 16)],
 }
+SCALES = (2.0, 4.0)                                                      # of guidance: every point takes the better one
 
 
 def same_compute(train_args, model, data, steps):
@@ -106,6 +112,7 @@ def run_row(job):
     run = load_run(job["folder"], job["device"])
     own = sampling_defaults(run.model.cfg)
     changes = {key: own[key] if value is None else value for key, value in job["sampling"].items()}
+    run.model.cfg.guidance = changes.pop("guidance", run.model.cfg.guidance)         # the one choice that is the model's
     sampling = {**own, **FAST, **changes}
     judge = Judge(data, test, job["device"], job["data_dir"], job["n"])
     return dict(judge(run, job["seed"], **sampling), training_rate=rates[len(rates) // 2])
@@ -208,7 +215,8 @@ def main():
     wanted = {name: TABLES[name][1] for name in TABLES if not args.only or name in args.only}
     kinds = [(train_args, sampling) for table in wanted.values() for _, train_args, sampling in table]
     if not args.only or "orders" in args.only:
-        kinds += [point for points in ORDERS.values() for point in points]
+        kinds += [(train_args, dict(sampling, cfg_scale=scale)) for points in ORDERS.values()
+                  for train_args, sampling in points for scale in SCALES]
     jobs = [job_of(*kind, seed) for kind in kinds for seed in range(args.seeds)]
     todo = {job["key"]: job for job in jobs if job["key"] not in rows}
     by_training = {}
@@ -236,8 +244,10 @@ def main():
         lines += [f"**{TABLES[name][0]}**", "", *write_table(name, filled), ""]
         draw_bars(os.path.join(args.out, f"{name}.png"), TABLES[name][0], filled)
     if not args.only or "orders" in args.only:
-        orders = {name: [(len(sampling.get("bands", ())) or sampling["ar_steps"], results(train_args, sampling))
-                         for train_args, sampling in points] for name, points in ORDERS.items()}
+        best = lambda train_args, sampling: min((results(train_args, dict(sampling, cfg_scale=scale)) for scale in SCALES),
+                                                key=lambda rows: mean_and_spread(rows, "frechet_distance")[0])
+        orders = {name: [(len(point[1].get("bands", ())) or point[1]["ar_steps"], best(*point)) for point in points]
+                  for name, points in ORDERS.items()}
         lines += ["**Frequency against position**", ""] + write_table("order, autoregressive steps", [
             (f"{name}, {steps}", filled) for name, points in orders.items() for steps, filled in points])
         draw_orders(os.path.join(args.out, "orders.png"), orders)

@@ -545,7 +545,7 @@ def get_args():
     parser.add_argument("--cfg", type=float, help="guidance, 1 is none; default: the model's, see sample.py")
     parser.add_argument("--steps", type=whole_numbers,
                         help="diffusion steps of every band, or of the lowest and the highest; default: the model's")
-    parser.add_argument("--temperature", type=float, default=1.0, help="scale of the noise (%(default)s)")
+    parser.add_argument("--temperature", type=float, help="scale of the noise; default: the model's")
     parser.add_argument("--sampler", help="of the diffusion head: ddpm, ddim or dpmpp; default: the model's")
     parser.add_argument("--bands", type=whole_numbers, help="ladder, such as 1,2,4,8; default: the run's")
     parser.add_argument("--ar-steps", type=int, help="autoregressive steps, for the baseline of mar.py")

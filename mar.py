@@ -70,7 +70,8 @@ class MAR(FAR):
             z = z[new.repeat(1 + guided, 1)].view(len(z), after - known, -1)
             noise = draw(torch.randn, n_noise(steps[0], sampler), after - known, C)              # (B, n, new, C)
             z = self.head.condition(z, z.new_zeros(1, 1, 1))
-            made = self.head.sample(z, noise, steps[0], sampler, cfg_scale, temperature)             # (B, new, C)
+            w = 1 + (cfg_scale - 1) * after / N if cfg.guidance == "linear" else cfg_scale       # linear: as MAR's code
+            made = self.head.sample(z, noise, steps[0], sampler, w, temperature)                 # (B, new, C)
             tokens = tokens.masked_scatter(new[..., None], made.to(tokens))
             drawn.append(tokens.mT.reshape(B, C, H, H))
             known = after

@@ -219,7 +219,8 @@ def whole_numbers(text):
 def sampling_settings(args, cfg):
     """The keyword arguments of FAR.sample from the command line, the model's defaults where it is silent. Raises InputError."""
     settings = sampling_defaults(cfg)
-    for name, value in (("bands", args.bands), ("sampler", args.sampler), ("steps", args.steps), ("cfg_scale", args.cfg)):
+    for name, value in (("bands", args.bands), ("sampler", args.sampler), ("steps", args.steps), ("cfg_scale", args.cfg),
+                        ("temperature", args.temperature)):
         if value is not None:
             settings[name] = value
     settings["steps"] = (settings["steps"][0], settings["steps"][-1])                # one number is for all bands
@@ -237,7 +238,7 @@ def sampling_settings(args, cfg):
         settings["ar_steps"] = args.ar_steps or 8
     elif args.ar_steps:
         raise InputError("--ar-steps is for models in random or raster order; the steps of this one are its --bands")
-    return dict(settings, temperature=args.temperature)
+    return settings
 
 
 def save_gif(path, ladder, columns):
@@ -365,10 +366,10 @@ def get_args():
     add("--n", type=int, help="how many images, the classes or prompts in turn; by default 4 of each")
     add("--seed", type=int, default=0, help="of the noise")
     # how
-    add("--cfg", type=float, help="guidance: 1 is none")
+    add("--cfg", type=float, help="guidance, rising from 1 at the lowest band; 1 is none; by default the model's")
     add("--steps", type=whole_numbers, help="diffusion steps of every band, or of the lowest and the highest: 10 or 40,100")
     add("--sampler", help="of the diffusion head: ddpm, ddim or dpmpp")
-    add("--temperature", type=float, default=1.0, help="scale of the noise: below 1 plainer, above 1 wilder")
+    add("--temperature", type=float, help="scale of the noise: lower is plainer, higher is wilder; by default the model's")
     add("--bands", type=whole_numbers, help="the ladder to climb, e.g. 1,2,4,8; by default the model's")
     add("--ar-steps", type=int, help="autoregressive steps of the baseline of mar.py; FAR has one per band")
     add("--masked", action="store_true", help="hide random tokens of every band from the encoder, for variety")

@@ -28,6 +28,7 @@ def test_every_row_is_a_model_that_trains_and_samples_as_the_row_says():
         model = make_model(config(train_args)).eval()
         settings = {**ablate.sampling_defaults(model.cfg), **ablate.FAST,
                     **{key: value for key, value in sampling.items() if value is not None}, "steps": (1, 1)}
+        model.cfg.guidance = settings.pop("guidance", model.cfg.guidance)
         assert torch.isfinite(model.sample(torch.tensor([3]), **settings)[-1]).all(), (train_args, sampling)
 
 
