@@ -10,6 +10,7 @@ training and one way to sample from it; trainings that rows share are made once.
 far.count_flops) of --steps steps of the default layout. A difference counts if the means are further apart than the two
 rows' seeds are among themselves.
 """
+import functools
 import json
 import os
 import subprocess
@@ -108,14 +109,19 @@ def run_row(job):
         open(os.path.join(job["folder"], "finished"), "w").close()
     with open(os.path.join(job["folder"], "metrics.jsonl"), encoding="utf-8") as file:
         rates = sorted(json.loads(line)["images_per_s"] for line in file)
-    data, test = (load_data("fashion_mnist", None, job["data_dir"], split) for split in ("train", "test"))
-    run = load_run(job["folder"], job["device"])
+    run = load_run(job["folder"])
     own = sampling_defaults(run.model.cfg)
     changes = {key: own[key] if value is None else value for key, value in job["sampling"].items()}
     run.model.cfg.guidance = changes.pop("guidance", run.model.cfg.guidance)         # the one choice that is the model's
     sampling = {**own, **FAST, **changes}
-    judge = Judge(data, test, job["device"], job["data_dir"], job["n"])
-    return dict(judge(run, job["seed"], **sampling), training_rate=rates[len(rates) // 2])
+    return dict(judge(job["data_dir"], job["n"])(run, job["seed"], **sampling), training_rate=rates[len(rates) // 2])
+
+
+@functools.cache
+def judge(data_dir, n):
+    """What scores the rows, once per process: see evaluate.Judge."""
+    data, test = (load_data("fashion_mnist", None, data_dir, split) for split in ("train", "test"))
+    return Judge(data, test, "cpu", data_dir, n)
 
 
 def run_rows(jobs):
@@ -210,7 +216,7 @@ def main():
                    "--steps", str(steps), "--seed", str(seed), "--tokenizer-steps", str(TOKENIZER_STEPS),
                    "--save-every", "1000000", "--device", "cpu", *train_args]
         return dict(key=f"{name} {sorted(sampling.items())} {args.n}", folder=folder, command=command, sampling=sampling,
-                    seed=seed, steps=steps, n=args.n, data_dir=args.data_dir, device="cpu")
+                    seed=seed, steps=steps, n=args.n, data_dir=args.data_dir)
 
     wanted = {name: TABLES[name][1] for name in TABLES if not args.only or name in args.only}
     kinds = [(train_args, sampling) for table in wanted.values() for _, train_args, sampling in table]

@@ -37,7 +37,8 @@ LAYOUTS = {
                   predict="v", times="logit-normal", input_noise=0.4, loss_weight="uniform", temperature_curve="constant"),
 }
 # The baseline of mar.py: no bands, tokens by position
-LAYOUTS["random"] = dict(order="random", grid="full", target="full", context="last", predict="v", input_noise=0.0, mask="truncnorm")
+LAYOUTS["random"] = dict(order="random", grid="full", target="full", context="last", predict="v", input_noise=0.0,
+                         mask="truncnorm")
 LAYOUTS["raster"] = dict(LAYOUTS["random"], order="raster")
 
 
@@ -67,11 +68,11 @@ class FARConfig:
     schedule: str = "cosine"          # noise schedule: cosine or linear
     predict: str = "v"                # v or eps
     times: str = "logit-normal"       # diffusion steps of training: uniform, or logit-normal, which are more often in the middle
-    noise_levels: int = 4             # noise levels that each z of the largest band is trained with per step ("diffusion batch multiplier")
+    noise_levels: int = 4             # that each z of the largest band is trained with per step, smaller bands with more
     # training
     label_drop: float = 0.1           # how often the condition is dropped, for guidance
     loss_weight: str = "uniform"      # of the bands: uniform, sine or article
-    ladder: str = "fixed"             # bands of a step, context all: fixed, all; random, any of them and the last: then sampling may skip bands
+    ladder: str = "fixed"             # bands of a step, context all: fixed, all of them; random, so that sampling may skip some
     mask: str = "none"                # share of tokens the encoder does not see: none, linear or truncnorm
     input_noise: float = 0.4          # lower bands carry noise of std up to this in training, so that a band repairs them
     # sampling
@@ -81,12 +82,15 @@ class FARConfig:
     def __post_init__(self):
         self.bands = tuple(self.bands)
         check_fields(self)
-        if not (0 < self.n_head and 0 < self.width and 0 < self.head_width and 0 < self.latent_dim and 0 < self.latent_size <= 1024
-                and max(self.depth, self.head_depth, self.byte_depth) <= 1000):
-            raise ValueError("no network has these sizes: width, heads and channels from 1, at most 1000 blocks, a grid of at most 1024")
-        choices = dict(order=("frequency", "random", "raster"), grid=("full", "band"), target=("full", "band"), context=("last", "all"), lowpass=("spatial", "fft"),
-                       schedule=("cosine", "linear"), predict=("v", "eps"), times=("uniform", "logit-normal"), loss_weight=tuple(LOSS_WEIGHTS), mask=MASKS, ladder=("fixed", "random"),
-                       guidance=("constant", "linear"), temperature_curve=("constant", "cosine"))
+        if not (min(self.n_head, self.width, self.head_width, self.latent_dim, self.latent_size) > 0
+                and self.latent_size <= 1024 and max(self.depth, self.head_depth, self.byte_depth) <= 1000):
+            raise ValueError("no network has these sizes: width, heads and channels from 1, at most 1000 blocks, "
+                             "a grid of at most 1024")
+        choices = dict(
+            order=("frequency", "random", "raster"), grid=("full", "band"), target=("full", "band"), context=("last", "all"),
+            lowpass=("spatial", "fft"), schedule=("cosine", "linear"), predict=("v", "eps"), times=("uniform", "logit-normal"),
+            loss_weight=tuple(LOSS_WEIGHTS), mask=MASKS, ladder=("fixed", "random"), guidance=("constant", "linear"),
+            temperature_curve=("constant", "cosine"))
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}")
@@ -370,7 +374,7 @@ class FAR(nn.Module):
         return both_axes(lowpass, x) / self.band_std[k]
 
     def raise_band(self, y, k_in, k_out):
-        """Band k_in as the input from which band k_out is predicted: resampled to its grid. (B, C, g_in, g_in) -> (B, C, g_out, g_out)."""
+        """Band k_in on the grid of band k_out, which is predicted from it: (B, C, g_in, g_in) -> (B, C, g_out, g_out)."""
         if self.cfg.grid == "full":
             return y
         if k_in == 0:
@@ -383,7 +387,7 @@ class FAR(nn.Module):
 
     @torch.no_grad()
     def measure_band_std(self, x):
-        """Store the std of every band over latents x (n, C, H, H), which the bands are divided by (not where the head learns x)."""
+        """Store the std of every band over latents x (n, C, H, H): bands are divided by it, unless the head learns x."""
         if self.cfg.target == "band":
             self.band_std.fill_(1)
             self.band_std[1:] = torch.stack([self.band(x, k).std() for k in range(1, self.cfg.latent_size + 1)])
@@ -518,7 +522,8 @@ class FAR(nn.Module):
         hidden = self.hide(k_in[pick], n_tokens, draw) if cfg.mask != "none" else None
         z = self.transformer(inputs, bands, self.condition(labels, text, drop), hidden)          # (B, N, D)
 
-        weights = torch.tensor([LOSS_WEIGHTS[cfg.loss_weight](a, b, cfg.latent_size) for a, b in zip(k_in.tolist(), k_out.tolist())])
+        weigh = LOSS_WEIGHTS[cfg.loss_weight]
+        weights = torch.tensor([weigh(a, b, cfg.latent_size) for a, b in zip(k_in.tolist(), k_out.tolist())])
         total, count, per_band = 0.0, 0, torch.full((B, L), torch.nan, device=x.device)
         for z_l, target, l in zip(z.split(n_tokens, dim=1), targets, pick.T):
             N, C = target.shape[1:]
@@ -527,14 +532,15 @@ class FAR(nn.Module):
             condition = self.head.condition(z_l, k_in[l].to(z_l)[:, None, None])                 # (B, N_l, W), once for r levels
             each = lambda v: v[:, None].expand(B, r, N, v.shape[-1]).flatten(0, 1)               # (B r, N_l, .)
             t = self.head.draw_times(cfg.times, draw, B, r, N)
-            mse, bits = self.head.loss(each(target), each(condition), t.flatten(0, 1), draw(torch.randn, B, r, N, C).flatten(0, 1))
+            noise_l = draw(torch.randn, B, r, N, C)
+            mse, bits = self.head.loss(each(target), each(condition), t.flatten(0, 1), noise_l.flatten(0, 1))
             total = total + ((mse + bits).view(B, -1).sum(dim=1) * weights[l].to(x.device)).sum()
             count += mse.numel()
             per_band[torch.arange(B), rungs[l].to(x.device)] = mse.detach().view(B, -1).mean(dim=1)
         return total / count, per_band.nanmean(dim=0)
 
     def hide(self, k_in, n_tokens, draw):
-        """Which tokens the encoder does not see, given each band's input k_in (B, bands): (B, N) bool, a random share (see mask_ratio)."""
+        """The tokens that the encoder does not see, a random share (see mask_ratio); k_in (B, bands) -> (B, N) bool."""
         B = len(k_in)
         hidden = []
         for i, n in enumerate(n_tokens):
@@ -656,7 +662,7 @@ def count_flops(cfg, sampling=None):
     n_tokens = [side(k) ** 2 for k in (sampling["bands"] if sampling else cfg.bands)]                # N_l of every band
     block = lambda n, seen: n * (24 * D * D + 4 * seen * D)              # qkv, proj and MLP; scores and values of `seen` tokens
     cond = 2 * D * W                                                     # of the head, once per token
-    call = 6 * C * W + (10 * cfg.head_depth + 4) * W * W                 # once per token and noise level: in and out, MLPs and adaLN
+    call = 6 * C * W + (10 * cfg.head_depth + 4) * W * W                 # once per token and noise level: in, out, MLPs, adaLN
     if sampling is None:
         if cfg.context == "last":                                        # one band per image and step
             n_tokens = n_tokens[-1:]
@@ -678,15 +684,17 @@ def count_flops(cfg, sampling=None):
 
 if __name__ == "__main__":
     print("ImageNet 256: 16 x 16 tokens of 16 channels, 1000 classes. GFLOPs of one image, guidance 3 in sampling.\n\n"
-          "| preset | million parameters: transformer | head | total | layout | tokens, training | GFLOPs, training | GFLOPs, sampling (of that, head) |\n"
+          "| preset | million parameters: transformer | head | total | layout | tokens, training | GFLOPs, training "
+          "| GFLOPs, sampling (of that, head) |\n"
           "|---|---|---|---|---|---|---|---|")
     for preset in (name for name in PRESETS if name != "far_xl"):
         total, head = count_parameters(preset)
         for layout in [] if "text_dim" in PRESETS[preset] else ("paper", "band"):
-            cfg = FARConfig(**dict(latent_size=16, latent_dim=16, n_class=1000, bands=default_bands(16, layout)), **PRESETS[preset], **LAYOUTS[layout])
+            cfg = FARConfig(latent_size=16, latent_dim=16, n_class=1000, bands=default_bands(16, layout), **PRESETS[preset],
+                            **LAYOUTS[layout])
             training, drawing = count_flops(cfg), count_flops(cfg, dict(sampling_defaults(cfg), cfg_scale=3.0))
-            print(f"| {preset} | {(total - head) / 1e6:.1f} | {head / 1e6:.1f} | {total / 1e6:.1f} | {layout} | {training[2]} | {sum(training[:2]) / 1e9:.0f} "
-                  f"| {sum(drawing[:2]) / 1e9:,.0f} ({drawing[1] / sum(drawing[:2]):.0%}) |")
+            print(f"| {preset} | {(total - head) / 1e6:.1f} | {head / 1e6:.1f} | {total / 1e6:.1f} | {layout} | {training[2]} "
+                  f"| {sum(training[:2]) / 1e9:.0f} | {sum(drawing[:2]) / 1e9:,.0f} ({drawing[1] / sum(drawing[:2]):.0%}) |")
         if "text_dim" in PRESETS[preset]:                                # see count_flops
             print(f"| {preset} | {(total - head) / 1e6:.1f} | {head / 1e6:.1f} | {total / 1e6:.1f} | paper | - | - | - |")
     print("\nThe authors report 451 for far_l and 564 for far_t2i.")

@@ -37,8 +37,8 @@ from mar import make_model
 from sample import save_reconstructions, save_samples
 from text import encode, load_encoder, text_source
 from tokenizer import STEPS as TOKENIZER_STEPS
-from tokenizer import (autocast, cache_latents, default_config, epoch_indices, faster_dtype, held_out_psnr, is_trained, load_exactly,
-                       load_tokenizer, save_tokenizer, tokenizer_path, train_tokenizer)
+from tokenizer import (autocast, cache_latents, default_config, epoch_indices, faster_dtype, held_out_psnr, is_trained,
+                       load_exactly, load_tokenizer, save_tokenizer, tokenizer_path, train_tokenizer)
 
 
 def get_args():
@@ -54,11 +54,13 @@ def get_args():
     # the tokenizer
     add("--tokenizer", help="a tokenizer.pt, or the published kl16.ckpt; by default one is trained, once per data and size")
     add("--stride", type=int, help="pixels per token side: 4, 8 or 16; by default it follows the size")
-    add("--tokenizer-steps", type=int, help=f"optimizer steps of a new tokenizer ({TOKENIZER_STEPS}, fewer if --steps is below a tenth)")
+    add("--tokenizer-steps", type=int, 
+        help=f"optimizer steps of a new tokenizer ({TOKENIZER_STEPS}, fewer if --steps is below a tenth)")
     # the model
     add("--model", help=f"size: {', '.join(PRESETS)}; by default far_tiny, with --text far_tiny_t2i")
     add("--layout", default="band", help="band (ours), paper (the released method), random or raster (the baseline of mar.py)")
-    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="change single fields of FARConfig, e.g. bands=1,2,4,8 lowpass=fft")
+    add("--set", nargs="*", default=[], metavar="NAME=VALUE",
+        help="change single fields of FARConfig, e.g. bands=1,2,4,8 lowpass=fft")
     # the run
     add("--out", help="folder of the run; by default runs/DATA_MODEL")
     add("--steps", type=int, help="optimizer steps; by default the preset's")
@@ -69,10 +71,13 @@ def get_args():
     add("--device", help="cuda, mps or cpu; by default the best there is")
     add("--dtype", choices=("bf16", "fp32"), help="arithmetic of the networks; by default the faster one here")
     add("--compile", action="store_true", help="torch.compile the blocks: slower start, faster steps on a GPU")
-    add("--fsdp", action="store_true", help="under torchrun: every process holds its share of weights, average and optimizer (FSDP2)")
-    add("--checkpoint-activations", action="store_true", help="compute blocks again going backward: less memory, a third more work")
+    add("--fsdp", action="store_true",
+        help="under torchrun: every process holds its share of weights, average and optimizer (FSDP2)")
+    add("--checkpoint-activations", action="store_true",
+        help="compute blocks again going backward: less memory, a third more work")
     add("--save-every", type=int, default=500, help="steps between checkpoints, and between pictures")
-    add("--eval-every", type=int, metavar="N", help="every N steps score 1,000 samples (see evaluate.py) into metrics.jsonl and progress.png")
+    add("--eval-every", type=int, metavar="N",
+        help="every N steps score 1,000 samples (see evaluate.py) into metrics.jsonl and progress.png")
     args = parser.parse_args()
     args.data = args.data or ("shapes_text" if args.text else "shapes")
     args.model = args.model or ("far_tiny_t2i" if args.text else "far_tiny")
@@ -133,7 +138,8 @@ def fit_tokenizer(cfg, data, path):
     if cfg.image_channels != data.channels:
         raise InputError(f"{path} is for {cfg.image_channels}-channel images, {data.name} has {data.channels}")
     if cfg.shortcut and cfg.image_size != data.size:                     # the published network takes any size
-        raise InputError(f"{path} was trained for images of {cfg.image_size} px, {data.name} has {data.size}: train one for this size")
+        raise InputError(f"{path} was trained for images of {cfg.image_size} px, {data.name} has {data.size}: "
+                         "train one for this size")
     if data.size % cfg.stride:
         raise InputError(f"images of {data.size} px are not a multiple of the stride {cfg.stride} of {path}")
     return replace(cfg, image_size=data.size)
@@ -177,7 +183,8 @@ def make_recipe(args, n_images, world):
 
 def make_optimizer(model, lr, weight_decay=0.02):
     """AdamW as in MAR and FAR: no weight decay on biases, norms, single vectors and the diffusion head."""
-    free = lambda name, p: p.ndim < 2 or name.startswith("head.") or name.endswith(("_pos", "mask_token", "null_cond", "null_text"))
+    single = ("_pos", "mask_token", "null_cond", "null_text")
+    free = lambda name, p: p.ndim < 2 or name.startswith("head.") or name.endswith(single)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return torch.optim.AdamW([dict(params=[p for name, p in named if not free(name, p)], weight_decay=weight_decay),
                               dict(params=[p for name, p in named if free(name, p)], weight_decay=0.0)],
@@ -331,7 +338,8 @@ def main():
     with first_process_first():
         encoder = load_encoder(args.text, device, args.dtype) if args.text else None
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    tokenizer_cfg = fit_tokenizer(tokenizer.cfg, data, args.tokenizer) if tokenizer else default_config(data.size, data.channels, args.stride)
+    tokenizer_cfg = (fit_tokenizer(tokenizer.cfg, data, args.tokenizer) if tokenizer
+                     else default_config(data.size, data.channels, args.stride))
     cfg = model_config(args, data, tokenizer_cfg, encoder)
     if args.eval_every is not None:
         check_progress(args.eval_every, data, cfg)
@@ -353,7 +361,8 @@ def main():
     model = make_model(cfg).to(device)
     model.checkpoint_activations = args.checkpoint_activations
     say(f"{data.name}: {len(data):,} images of {data.size} px, {data.n_class} classes. {args.model}, {args.layout} layout: "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, bands {','.join(map(str, cfg.bands))}, on {device}, {args.dtype}")
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, bands {','.join(map(str, cfg.bands))}, "
+        f"on {device}, {args.dtype}")
     say(f"{recipe['steps']:,} steps of {effective} images ({recipe['batch']} a device x {args.accum} accumulated "
         f"x {world} processes)")
     if device.type == "cpu" and rank == 0 and start < recipe["steps"]:
@@ -373,7 +382,8 @@ def main():
     scale = tokenizer.latent_scale.item()
 
     # model, average, optimizer
-    model.measure_band_std(draw_latents(latents, torch.arange(min(len(data), 4096)), scale, Randomness(args.seed, 0, device), device))
+    some = torch.arange(min(len(data), 4096))
+    model.measure_band_std(draw_latents(latents, some, scale, Randomness(args.seed, 0, device), device))
     ema = deepcopy(model).requires_grad_(False)
     if before:
         load_exactly(model, before["model"], path)
@@ -381,14 +391,14 @@ def main():
     if args.fsdp:
         shard(model, args.dtype), shard(ema, args.dtype)
     optimizer = make_optimizer(model, recipe["lr"])
-    sums = torch.zeros(2, 1 + len(cfg.bands), device=device)             # of loss and bands since the last line of metrics, and counts
+    sums = torch.zeros(2, 1 + len(cfg.bands), device=device)             # of loss and bands since the last log line, and counts
     if before:
         with reading(path):
             load_optimizer(optimizer, before["optimizer"])
             if rank == 0 and "sums" in before:
                 sums.copy_(before["sums"])
         say(f"continuing from step {start}")
-    if args.compile:                                                     # alike blocks share one compilation; the rest draws random numbers
+    if args.compile:                                                     # alike blocks share one; the rest draws random numbers
         for block in [*model.encoder, *model.decoder, *model.head.blocks]:
             block.compile()
     step_model = torch.nn.parallel.DistributedDataParallel(model) if world > 1 and not args.fsdp else model
@@ -402,7 +412,8 @@ def main():
 
     def save(step):
         """A collective: all processes call it, process 0 writes."""
-        states = {name: whole(part.state_dict(), rank) for name, part in (("model", model), ("ema", ema), ("optimizer", optimizer))}
+        parts = dict(model=model, ema=ema, optimizer=optimizer)
+        states = {name: whole(part.state_dict(), rank) for name, part in parts.items()}
         total = over_processes(sums)
         if rank == 0:
             save_checkpoint(path, dict(
@@ -476,7 +487,8 @@ def main():
             look(lambda run: metrics.write(step=done, **judge(run)))
             if rank == 0:
                 draw_progress(os.path.join(out, "metrics.jsonl"), os.path.join(out, "progress.png"))
-        stopping = over_processes(torch.tensor(float(len(stop)), device=device)) > 0 if world > 1 else bool(stop)    # all, or none
+        # all processes stop, or none
+        stopping = over_processes(torch.tensor(float(len(stop)), device=device)) > 0 if world > 1 else bool(stop)
         if done % args.save_every == 0 or done == recipe["steps"] or stopping:
             save(done)
             if not stopping and done < recipe["steps"]:
