@@ -23,8 +23,8 @@ import torch
 from tqdm import tqdm
 
 from common import InputError, OneLineParser, command_line, write_atomically
-from data import load_data
-from evaluate import Judge, pyplot
+from data import load_data, reading
+from evaluate import Judge, pyplot, save_chart
 from far import count_flops, sampling_defaults
 from sample import load_run
 from tokenizer import STEPS as TOKENIZER_STEPS
@@ -86,15 +86,17 @@ ORDERS = {
 SCALES = (2.0, 4.0)                                                      # of guidance: every point takes the better one
 
 
+def config(train_args, model, data):
+    """FARConfig of a row: of train.py's arguments, `--layout NAME` first and `--set ...` last."""
+    layout = train_args[train_args.index("--layout") + 1] if "--layout" in train_args else "band"
+    changes = train_args[train_args.index("--set") + 1:] if "--set" in train_args else []
+    given = SimpleNamespace(model=model, layout=layout, set=changes, text=None)
+    return model_config(given, data, default_config(data.size, data.channels))
+
+
 def same_compute(train_args, model, data, steps):
     """Steps that cost the training FLOPs of `steps` steps of the default layout: an int."""
-    tokenizer = default_config(data.size, data.channels)
-
-    def flops(arguments):
-        given = dict(model=model, layout="band", set=[], text=None)
-        given["layout"] = arguments[arguments.index("--layout") + 1] if "--layout" in arguments else "band"
-        given["set"] = arguments[arguments.index("--set") + 1:] if "--set" in arguments else []
-        return sum(count_flops(model_config(SimpleNamespace(**given), data, tokenizer))[:2])
+    flops = lambda arguments: sum(count_flops(config(arguments, model, data))[:2])
     return round(steps * flops([]) / flops(train_args))
 
 
@@ -120,8 +122,7 @@ def run_row(job):
 @functools.cache
 def judge(data_dir, n):
     """What scores the rows, once per process: see evaluate.Judge."""
-    data, test = (load_data("fashion_mnist", None, data_dir, split) for split in ("train", "test"))
-    return Judge(data, test, "cpu", data_dir, n)
+    return Judge(load_data("fashion_mnist", None, data_dir), "cpu", data_dir, n)
 
 
 def run_rows(jobs):
@@ -136,7 +137,7 @@ def mean_and_spread(rows, key):
 
 
 def write_table(name, rows):
-    """Markdown lines and the PNG's bars. rows: list of (row name, results of its seeds)."""
+    """A table as lines of Markdown. rows: list of (row name, results of its seeds)."""
     lines = [f"| {name} | training steps | images/s there | FD (classifier) | spread | against the first | recall "
              "| label right | s / 1,000 images |", "|---|---|---|---|---|---|---|---|---|"]
     first, first_spread = mean_and_spread(rows[0][1], "frechet_distance")
@@ -153,22 +154,20 @@ def write_table(name, rows):
 
 def draw_bars(path, title, rows):
     """One bar per row, the mean Frechet distance, with a dot for every seed."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(7, 0.7 + 0.35 * len(rows)), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(7, 0.7 + 0.35 * len(rows)), layout="constrained")
     means = [mean_and_spread(results, "frechet_distance")[0] for _, results in rows]
     axis.barh([name for name, _ in rows], means, color="#9db8d2")
     for i, (_, results) in enumerate(rows):
         axis.plot([row["frechet_distance"] for row in results], [i] * len(results), "k.", ms=4)
     axis.invert_yaxis()
-    axis.set(title=title, xlabel="FD (classifier), lower is better")
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
-    plt.close(figure)
+    axis.set_xlabel("FD (classifier), lower is better")
+    figure.suptitle(title, fontsize=10)                                  # over the names of the rows too: a long one fits
+    save_chart(path, figure)
 
 
 def draw_orders(path, orders):
     """Quality against autoregressive steps, and against seconds per image. orders: name -> list of (steps, results)."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
+    figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
     for name, points in orders.items():
         fd = [mean_and_spread(results, "frechet_distance")[0] for _, results in points]
         axes[0].plot([steps for steps, _ in points], fd, "o-", label=name)
@@ -177,8 +176,7 @@ def draw_orders(path, orders):
     axes[0].set(xlabel="autoregressive steps", ylabel="FD (classifier)", xscale="log", yscale="log")
     axes[1].set(xlabel="seconds / image, one core", xscale="log")
     axes[0].legend(title="order")
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
-    plt.close(figure)
+    save_chart(path, figure)
 
 
 def get_args():
@@ -205,7 +203,7 @@ def main():
     known, rows = os.path.join(args.out, "results.jsonl"), {}
     os.makedirs(args.out, exist_ok=True)
     if os.path.exists(known):
-        with open(known, encoding="utf-8") as file:
+        with reading(known), open(known, encoding="utf-8") as file:
             rows = {line["key"]: line["result"] for line in map(json.loads, file)}
 
     def job_of(train_args, sampling, seed):

@@ -468,8 +468,8 @@ def pyplot():
 class Judge:
     """Scores a training as it goes: judge(run) -> dict of scores of n samples, drawn as by default unless told otherwise."""
 
-    def __init__(self, data, test, device, data_dir, n=1000):
-        self.network, self.n = classifier_features(data, device, data_dir, test), n
+    def __init__(self, data, device, data_dir, n=1000):
+        self.network, self.n = classifier_features(data, device, data_dir), n
         self.reference = reference_of(Pick(data, 10000), self.network)
 
     def __call__(self, run, seed=0, **sampling):
@@ -485,9 +485,14 @@ def draw_progress(metrics, path):
         lines = [json.loads(line) for line in file]
     figure, axes = pyplot().subplots(1, 2, figsize=(9, 3), layout="constrained")
     for axis, key, name in zip(axes, ("loss", "frechet_distance"), ("loss", "FD (classifier)")):
-        axis.plot(*zip(*((line["step"], line[key]) for line in lines if key in line)), marker="." if key != "loss" else None)
+        axis.plot(*zip(*((line["step"], line[key]) for line in lines if key in line)), marker=".")
         axis.set(xlabel="step", title=name, yscale="log")
         axis.grid(alpha=0.3)
+    save_chart(path, figure)
+
+
+def save_chart(path, figure):
+    """Write a matplotlib figure as a PNG, and close it."""
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
     pyplot().close(figure)
 

@@ -8,24 +8,15 @@ from PIL import Image
 import ablate
 from far import count_flops
 from mar import make_model
-from tokenizer import default_config
-from train import model_config
 
 FASHION = SimpleNamespace(size=32, channels=1, n_class=10)
 ROWS = [(train_args, sampling) for _, rows in ablate.TABLES.values() for _, train_args, sampling in rows]
 ROWS += [point for points in ablate.ORDERS.values() for point in points]
 
 
-def config(train_args, model="far_nano"):
-    layout = train_args[train_args.index("--layout") + 1] if "--layout" in train_args else "band"
-    changes = train_args[train_args.index("--set") + 1:] if "--set" in train_args else []
-    given = SimpleNamespace(model=model, layout=layout, set=changes, text=None)
-    return model_config(given, FASHION, default_config(FASHION.size, FASHION.channels))
-
-
 def test_every_row_is_a_model_that_trains_and_samples_as_the_row_says():
     for train_args, sampling in {str(row): row for row in ROWS}.values():
-        model = make_model(config(train_args)).eval()
+        model = make_model(ablate.config(train_args, "far_nano", FASHION)).eval()
         settings = {**ablate.sampling_defaults(model.cfg), **ablate.FAST,
                     **{key: value for key, value in sampling.items() if value is not None}, "steps": (1, 1)}
         model.cfg.guidance = settings.pop("guidance", model.cfg.guidance)
@@ -33,6 +24,7 @@ def test_every_row_is_a_model_that_trains_and_samples_as_the_row_says():
 
 
 def test_every_row_has_the_same_training_compute():
+    config = lambda train_args: ablate.config(train_args, "far_nano", FASHION)
     one = sum(count_flops(config([]))[:2])
     assert ablate.same_compute([], "far_nano", FASHION, 1000) == 1000
     for train_args, _ in ROWS:

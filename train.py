@@ -54,7 +54,7 @@ def get_args():
     # the tokenizer
     add("--tokenizer", help="a tokenizer.pt, or the published kl16.ckpt; by default one is trained, once per data and size")
     add("--stride", type=int, help="pixels per token side: 4, 8 or 16; by default it follows the size")
-    add("--tokenizer-steps", type=int, 
+    add("--tokenizer-steps", type=int,
         help=f"optimizer steps of a new tokenizer ({TOKENIZER_STEPS}, fewer if --steps is below a tenth)")
     # the model
     add("--model", help=f"size: {', '.join(PRESETS)}; by default far_tiny, with --text far_tiny_t2i")
@@ -432,7 +432,7 @@ def main():
 
     draw_pictures = lambda run: save_samples(run, out, seed=args.seed)
     if args.eval_every and rank == 0:
-        judge = Judge(data, load_data(args.data, args.size, args.data_dir, "test", skip_bad=args.skip_bad), device, args.data_dir)
+        judge = Judge(data, device, args.data_dir)
 
     stop = []                                                            # Ctrl-C and SIGTERM: finish the step, save, leave
     for name in (signal.SIGINT, signal.SIGTERM):
