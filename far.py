@@ -666,10 +666,11 @@ def count_flops(cfg, sampling=None):
     if sampling is None:
         if cfg.context == "last":                                        # one band per image and step
             n_tokens = n_tokens[-1:]
-        N = sum(n_tokens) + cfg.n_cond
+        share = [0.5 if cfg.ladder == "random" else 1] * (len(n_tokens) - 1) + [1]           # how often a band is in a step
+        N = sum(p * n for p, n in zip(share, n_tokens)) + cfg.n_cond
         levels = [cfg.noise_levels * (math.sqrt(max(n_tokens) / n) if cfg.context == "all" else 1) for n in n_tokens]
         call += 2 * (256 + W) * W                                        # in training every token has a time of its own to embed
-        head = sum(n * (cond + round(r) * call) for n, r in zip(n_tokens, levels))
+        head = sum(p * n * (cond + round(r) * call) for p, n, r in zip(share, n_tokens, levels))
         return 3 * (2 * cfg.depth * block(N, N) + N * 2 * D * D), 3 * head, N
     weights = guidance_weights(cfg.guidance, sampling["cfg_scale"], L)
     branches, transformer, head, tokens, seen = 1 + any(w != 1 for w in weights), 0, 0, 0, 0

@@ -435,6 +435,19 @@ def test_flops_are_those_that_torch_counts(layout):
     assert abs(sum(far.count_flops(model.cfg, settings)[:2]) / (counter.get_total_flops() / 8) - 1) < 0.06
 
 
+def test_flops_of_random_ladders_are_the_mean_over_steps():
+    from torch.utils.flop_counter import FlopCounterMode
+    counted, seen = [], []
+    for ladder, steps in (("random", 30), ("fixed", 1)):
+        model = small("band", width=64, head_width=64, n_cond=4, ladder=ladder)
+        with FlopCounterMode(display=False) as counter:
+            for step in range(steps):
+                model(torch.randn(2, 4, 8, 8), Randomness(0, step), torch.zeros(2, dtype=torch.long))[0].backward()
+        counted.append(sum(far.count_flops(model.cfg)[:2]))
+        seen.append(counter.get_total_flops() / steps)
+    assert counted[0] / counted[1] == pytest.approx(seen[0] / seen[1], rel=0.05) and counted[0] < 0.9 * counted[1]
+
+
 @pytest.mark.parametrize("changes,word", [
     (dict(bands=(1, 2, 4)), "end at the latent grid"), (dict(bands=(2, 1, 8)), "increase"), (dict(width=30), "n_head"),
     (dict(lowpass="blur"), "lowpass"), (dict(target="full"), "grid full"), (dict(n_class=0), "n_class")])
