@@ -49,7 +49,7 @@ COLORS = {"red": (225, 35, 35), "green": (30, 160, 55), "blue": (35, 65, 225),
           "yellow": (245, 215, 30), "cyan": (45, 210, 230), "magenta": (215, 45, 200)}
 BACKGROUNDS = {"black": 18, "grey": 125, "white": 235}
 KINDS = [f"{color} {shape}" for shape in SHAPES for color in COLORS]      # the 24 classes of `shapes`
-SIZES = {"small": (0.13, 0.16), "": (0.17, 0.22), "large": (0.24, 0.30)}  # radius by word, in picture widths
+SIZES = {"small": (0.145, 0.16), "": (0.18, 0.19), "large": (0.21, 0.22)}  # radius by word, in picture widths
 # Pairs that never meet in one training picture of shapes_text, though each half of a pair is common there:
 # drawing them right is composing, not remembering. Every one of the 24 kinds is in exactly one pair.
 HELD_OUT = {frozenset(pair.split(" + ")) for pair in (
@@ -91,7 +91,7 @@ def scene(seed, index, captioned=False, task=None, held_out=None):
             chosen = "class"
             plan = [(KINDS[index % len(KINDS)], rng.uniform(0.3, 0.4))]
             plan += [(rng.choice(KINDS), rng.uniform(0.09, 0.12)) for _ in range(rng.choice((0, 0, 0, 1, 2)))]
-        objects = place(rng, plan, apart=chosen == "position")
+        objects = place_on_grid(rng, plan, apart=chosen == "position") if captioned else place(rng, plan)
     background = rng.choice(list(BACKGROUNDS))
     return dict(task=chosen, objects=objects, background=background,
                 background_rgb=jitter(rng, (BACKGROUNDS[background] + rng.randint(-10, 10),) * 3, 5),
@@ -103,9 +103,8 @@ def captioned_plan(rng, task, held_out):
     if task == "single":
         return [(rng.choice(KINDS), rng.uniform(*rng.choice(list(SIZES.values()))))]
     if task == "counting":
-        count = rng.choice((2, 3))
-        low, high = SIZES[rng.choice(("small", "", "large")[:5 - count])]  # three large ones have no room
-        return [(kind, rng.uniform(low, high)) for kind in [rng.choice(KINDS)] * count]
+        low, high = SIZES[rng.choice(list(SIZES))]
+        return [(kind, rng.uniform(low, high)) for kind in [rng.choice(KINDS)] * rng.choice((2, 3))]
     pairs = sorted(sorted(pair) for pair in HELD_OUT)
     kinds = rng.sample(rng.choice(pairs) if held_out else KINDS, 2)
     while held_out is False and frozenset(kinds) in HELD_OUT:
@@ -113,26 +112,40 @@ def captioned_plan(rng, task, held_out):
     return [(kind, rng.uniform(*rng.choice(list(SIZES.values())))) for kind in kinds]
 
 
-def place(rng, plan, apart):
-    """
-    Objects (dicts) at random places, or None if they do not fit. `apart`: the direction from the first to the
-    second is clear, so that "left of" is never also "above".
-    """
+def place(rng, plan):
+    """Objects (dicts) at random places, or None if they do not fit."""
     objects = []
     for kind, radius in plan:
-        color, shape = kind.split()
         for _ in range(20):
             x, y = (rng.uniform(radius + 0.01, 0.99 - radius) for _ in "xy")
-            free = all(math.hypot(x - other["x"], y - other["y"]) > radius + other["radius"] + 0.03
-                       for other in objects)
-            across, down = (abs(x - objects[0]["x"]), abs(y - objects[0]["y"])) if objects else (1, 0)
-            if free and (not apart or max(across, down) > 2 * min(across, down)):
+            if all(math.hypot(x - other["x"], y - other["y"]) > radius + other["radius"] + 0.03 for other in objects):
                 break
         else:
             return None
-        objects.append(dict(shape=shape, color=color, rgb=jitter(rng, COLORS[color], 12), x=x, y=y,
-                            radius=radius, rotation=rng.uniform(-10, 10)))
+        objects.append(thing(rng, kind, radius, x, y))
     return objects
+
+
+def place_on_grid(rng, plan, apart):
+    """
+    Objects near the points of a 3 x 3 grid, half a picture apart or more, across or down; None if they do not fit.
+    `apart`: the direction from the first to the second is clear, so that "left of" is never also "above".
+    """
+    objects = []
+    for kind, radius in plan:
+        x, y = (rng.choice((0.25, 0.5, 0.75)) + rng.uniform(-0.01, 0.01) for _ in "xy")
+        for other in objects:
+            near, far = sorted((abs(x - other["x"]), abs(y - other["y"])))
+            if far < 0.45 or (apart and far < 3 * near):
+                return None
+        objects.append(thing(rng, kind, radius, x, y))
+    return objects
+
+
+def thing(rng, kind, radius, x, y):
+    """An object of a scene: a dict."""
+    color, shape = kind.split()
+    return dict(shape=shape, color=color, rgb=jitter(rng, COLORS[color], 12), x=x, y=y, radius=radius, rotation=rng.uniform(-10, 10))
 
 
 def jitter(rng, rgb, amount):
@@ -242,7 +255,7 @@ class Shapes(Images):
         labels = np.zeros(n) if captioned else (np.arange(n) + self.offset) % len(KINDS)
         super().__init__("shapes_text" if captioned else "shapes", size, 3, False, labels,
                          ["all"] if captioned else KINDS, Lazy(n, self.text),
-                         f"shapes 2 {captioned} {split} {seed} {n}")
+                         f"shapes {3 if captioned else 2} {captioned} {split} {seed} {n}")
         # each picture is drawn once and kept, up to a gigabyte (50,000 of 64 px are 0.6)
         self.drawn = np.zeros(n if n * 3 * size * size < 2 ** 30 else 0, dtype=bool)
         self.kept = np.empty((len(self.drawn), 3, size, size), dtype=np.uint8)

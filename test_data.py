@@ -108,9 +108,9 @@ def test_captions_say_what_the_scene_shows():
             assert ("below" in text) == (abs(down) > abs(across) and down > 0)
             assert max(abs(across), abs(down)) > 2 * min(abs(across), abs(down)), "the direction is ambiguous"
         if "large" in text:
-            assert max(thing["radius"] for thing in objects) >= 0.24
+            assert max(thing["radius"] for thing in objects) >= data.SIZES["large"][0]
         if "small" in text:
-            assert min(thing["radius"] for thing in objects) <= 0.16
+            assert min(thing["radius"] for thing in objects) <= data.SIZES["small"][1]
     assert said == {"single", "two", "position", "counting"}
 
 
@@ -118,12 +118,12 @@ def test_a_caption_reads_as_english():
     def thing(color, shape, x, radius):
         return dict(color=color, shape=shape, x=x, y=0.5, radius=radius)
 
-    pair = [thing("red", "triangle", 0.2, 0.14), thing("blue", "circle", 0.7, 0.26)]
+    pair = [thing("red", "triangle", 0.2, 0.15), thing("blue", "circle", 0.7, 0.215)]
     truth = dict(task="position", objects=pair, background="grey", say_size=True, say_background=True)
     assert data.caption(truth) == "a small red triangle left of a large blue circle on a grey background"
     truth = dict(task="two", objects=pair, background="grey", say_size=False, say_background=False)
     assert data.caption(truth) == "a red triangle and a blue circle"
-    stars = [thing("green", "star", x, 0.2) for x in (0.2, 0.5, 0.8)]
+    stars = [thing("green", "star", x, 0.185) for x in (0.2, 0.5, 0.8)]
     truth = dict(task="counting", objects=stars, background="black", say_size=True, say_background=True)
     assert data.caption(truth) == "three green stars on a black background"
 

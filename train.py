@@ -34,6 +34,7 @@ from data import load_data, reading
 from evaluate import Judge, check_progress, draw_progress
 from far import LAYOUTS, PRESETS, FARConfig, Randomness, default_bands
 from mar import make_model
+from muon import Muon
 from sample import save_reconstructions, save_samples
 from text import encode, load_encoder, text_source
 from tokenizer import STEPS as TOKENIZER_STEPS
@@ -88,11 +89,11 @@ def get_args():
 # 400 epochs, batch 1024, EMA 0.9999. The small ones: minutes on two CPU cores, one cosine.
 PAPER = dict(epochs=400, warmup_epochs=100, batch=64, lr=1e-4, lr_per=256, cosine=False)
 RECIPES = {
-    "far_nano": dict(steps=4000, warmup=100, batch=32, lr=3e-3, cosine=True),
-    "far_tiny": dict(steps=6000, warmup=100, batch=32, lr=3e-3, cosine=True),
+    "far_nano": dict(steps=4000, warmup=100, batch=32, lr=3e-3, cosine=True, muon=True),
+    "far_tiny": dict(steps=6000, warmup=100, batch=32, lr=3e-3, cosine=True, muon=True),
     "far_s": dict(steps=100_000, warmup=1000, batch=128, lr=5e-4, cosine=True),
     "far_t2i": dict(PAPER, epochs=100, ema=0.99),
-    "far_tiny_t2i": dict(steps=10_000, warmup=200, batch=32, lr=2e-3, cosine=True),
+    "far_tiny_t2i": dict(steps=10_000, warmup=200, batch=32, lr=2e-3, cosine=True, muon=True),
 }
 
 
@@ -181,14 +182,23 @@ def make_recipe(args, n_images, world):
     return recipe
 
 
-def make_optimizer(model, lr, weight_decay=0.02):
-    """AdamW as in MAR and FAR: no weight decay on biases, norms, single vectors and the diffusion head."""
+def make_optimizer(model, lr, muon=False, bf16=False, weight_decay=0.02):
+    """
+    AdamW as in MAR and FAR: no weight decay on biases, norms, single vectors and the diffusion head. With `muon` (see
+    muon.py) the matrices of all blocks, the head's too, take its steps, in `bf16` if that is the arithmetic.
+    """
     single = ("_pos", "mask_token", "null_cond", "null_text")
-    free = lambda name, p: p.ndim < 2 or name.startswith("head.") or name.endswith(single)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return torch.optim.AdamW([dict(params=[p for name, p in named if not free(name, p)], weight_decay=weight_decay),
-                              dict(params=[p for name, p in named if free(name, p)], weight_decay=0.0)],
-                             lr=lr, betas=(0.9, 0.95), fused=next(model.parameters()).device.type in ("cpu", "cuda"))
+    hidden = ("encoder.", "decoder.", "head.blocks.", "text_encoder.blocks.")
+    groups = dict(matrices=[], decayed=[], free=[])
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            kind = "matrices" if muon and p.ndim == 2 and name.startswith(hidden) else \
+                   "free" if p.ndim < 2 or name.startswith("head.") or name.endswith(single) else "decayed"
+            groups[kind].append(p)
+    groups = [dict(params=params, matrices=kind == "matrices", weight_decay=0.0 if kind == "free" else weight_decay)
+              for kind, params in groups.items() if params]
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return Muon(groups, bf16, lr=lr, betas=(0.9, 0.95), fused=fused)
 
 
 def time_step(model, batch, text=None):
@@ -294,7 +304,8 @@ def whole(tree, rank):
 def load_optimizer(optimizer, state):
     """Load a whole optimizer state; where the weights are shares, each process takes its own."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    for p, moments in zip(params, state["state"].values()):
+    for i, moments in state["state"].items():
+        p = params[i]
         for name, value in moments.items():
             if isinstance(p, DTensor) and value.shape == p.shape:
                 moments[name] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
@@ -390,7 +401,7 @@ def main():
         load_exactly(ema, before["ema"], path)
     if args.fsdp:
         shard(model, args.dtype), shard(ema, args.dtype)
-    optimizer = make_optimizer(model, recipe["lr"])
+    optimizer = make_optimizer(model, recipe["lr"], recipe.get("muon"), args.dtype == "bf16")
     sums = torch.zeros(2, 1 + len(cfg.bands), device=device)             # of loss and bands since the last log line, and counts
     if before:
         with reading(path):
