@@ -49,7 +49,7 @@ COLORS = {"red": (225, 35, 35), "green": (30, 160, 55), "blue": (35, 65, 225),
           "yellow": (245, 215, 30), "cyan": (45, 210, 230), "magenta": (215, 45, 200)}
 BACKGROUNDS = {"black": 18, "grey": 125, "white": 235}
 KINDS = [f"{color} {shape}" for shape in SHAPES for color in COLORS]      # the 24 classes of `shapes`
-SIZES = {"small": (0.145, 0.16), "": (0.18, 0.19), "large": (0.21, 0.22)}  # radius by word, in picture widths
+SIZES = {"small": (0.16, 0.17), "": (0.19, 0.20), "large": (0.215, 0.225)}  # radius by word, in picture widths
 # Pairs that never meet in one training picture of shapes_text, though each half of a pair is common there:
 # drawing them right is composing, not remembering. Every one of the 24 kinds is in exactly one pair.
 HELD_OUT = {frozenset(pair.split(" + ")) for pair in (
@@ -122,7 +122,7 @@ def place(rng, plan):
                 break
         else:
             return None
-        objects.append(thing(rng, kind, radius, x, y))
+        objects.append(thing(rng, kind, radius, x, y, tilt=10))
     return objects
 
 
@@ -138,14 +138,15 @@ def place_on_grid(rng, plan, apart):
             near, far = sorted((abs(x - other["x"]), abs(y - other["y"])))
             if far < 0.45 or (apart and far < 3 * near):
                 return None
-        objects.append(thing(rng, kind, radius, x, y))
+        objects.append(thing(rng, kind, radius, x, y, tilt=4))
     return objects
 
 
-def thing(rng, kind, radius, x, y):
-    """An object of a scene: a dict."""
+def thing(rng, kind, radius, x, y, tilt):
+    """An object of a scene, turned by up to `tilt` degrees: a dict."""
     color, shape = kind.split()
-    return dict(shape=shape, color=color, rgb=jitter(rng, COLORS[color], 12), x=x, y=y, radius=radius, rotation=rng.uniform(-10, 10))
+    return dict(shape=shape, color=color, rgb=jitter(rng, COLORS[color], 12), x=x, y=y, radius=radius,
+                rotation=rng.uniform(-tilt, tilt))
 
 
 def jitter(rng, rgb, amount):

@@ -118,12 +118,12 @@ def test_a_caption_reads_as_english():
     def thing(color, shape, x, radius):
         return dict(color=color, shape=shape, x=x, y=0.5, radius=radius)
 
-    pair = [thing("red", "triangle", 0.2, 0.15), thing("blue", "circle", 0.7, 0.215)]
+    pair = [thing("red", "triangle", 0.2, 0.165), thing("blue", "circle", 0.7, 0.22)]
     truth = dict(task="position", objects=pair, background="grey", say_size=True, say_background=True)
     assert data.caption(truth) == "a small red triangle left of a large blue circle on a grey background"
     truth = dict(task="two", objects=pair, background="grey", say_size=False, say_background=False)
     assert data.caption(truth) == "a red triangle and a blue circle"
-    stars = [thing("green", "star", x, 0.185) for x in (0.2, 0.5, 0.8)]
+    stars = [thing("green", "star", x, 0.195) for x in (0.2, 0.5, 0.8)]
     truth = dict(task="counting", objects=stars, background="black", say_size=True, say_background=True)
     assert data.caption(truth) == "three green stars on a black background"
 

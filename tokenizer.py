@@ -225,7 +225,8 @@ def default_config(image_size, image_channels, stride=None, latent_dim=None):
         shape = dict(patch=1, width=128, mult=(1, 1, 2, 2, 4), n_res=2, latent_dim=latent_dim or 16, level_attention=True, shortcut=False)
     else:
         # few rich tokens: on Fashion-MNIST 4 x 4 x 32 latents train FAR to half the Frechet distance of 8 x 8 x 8 ones
-        shape = dict(patch=stride, width=64 if stride == 4 else 128, mult=(1,), latent_dim=latent_dim or {4: 8, 8: 32, 16: 64}[stride])
+        channels = {4: 8, 8: 32 if image_channels == 1 else 64, 16: 64}[stride]                   # a colour token says more
+        shape = dict(patch=stride, width=64 if stride == 4 else 128, mult=(1,), latent_dim=latent_dim or channels)
     return TokenizerConfig(image_channels=image_channels, image_size=image_size, **shape)
 
 
