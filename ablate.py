@@ -32,7 +32,7 @@ from tokenizer import default_config
 from train import model_config
 
 # every row samples so, unless it says otherwise
-FAST = dict(sampler="dpmpp", steps=(10, 10), cfg_scale=4.0, temperature=1.1)
+FAST = dict(sampler="dpmpp", steps=(10, 10), cfg_scale=4.0, temperature=1.15)
 PAPER = ["--layout", "paper", "--set", "predict=v", "times=logit-normal", "temperature_curve=constant", "bands=1,2,4"]
 
 CHANGE = lambda *fields: ["--set", *fields]                              # of the default layout
@@ -76,7 +76,7 @@ TABLES = {
         ("none", [], dict(cfg_scale=1.0))] + [
         (f"constant, {w:g}", [], dict(cfg_scale=w, guidance="constant")) for w in (1.5, 2.0, 3.0, 4.0)]),
     "temperature": ("Temperature", [
-        ("1.1", [], {})] + [(f"{tau:g}", [], dict(temperature=tau)) for tau in (0.8, 0.9, 1.0, 1.2)]),
+        ("1.15", [], {})] + [(f"{tau:g}", [], dict(temperature=tau)) for tau in (0.8, 0.9, 1.0, 1.1, 1.2)]),
 }
 # One transformer and head, three orders (MAR and raster: mar.py); for fewer steps the frequency model has to learn to skip bands
 ORDERS = {
@@ -85,7 +85,7 @@ ORDERS = {
     "random": [(["--layout", "random"], dict(ar_steps=n)) for n in (1, 4, 8, 16)],
     "raster": [(["--layout", "raster"], dict(ar_steps=n)) for n in (1, 4, 8, 16)],
 }
-SCALES = (2.0, 4.0)                                                      # of guidance: every point takes the better one
+TUNINGS = [dict(cfg_scale=scale, temperature=tau) for scale in (2.0, 4.0) for tau in (1.0, 1.15)]    # every point takes its best
 
 
 def config(train_args, model, data):
@@ -221,8 +221,8 @@ def main():
     wanted = {name: TABLES[name][1] for name in TABLES if not args.only or name in args.only}
     kinds = [(train_args, sampling) for table in wanted.values() for _, train_args, sampling in table]
     if not args.only or "orders" in args.only:
-        kinds += [(train_args, dict(sampling, cfg_scale=scale)) for points in ORDERS.values()
-                  for train_args, sampling in points for scale in SCALES]
+        kinds += [(train_args, {**sampling, **tuning}) for points in ORDERS.values()
+                  for train_args, sampling in points for tuning in TUNINGS]
     jobs = [job_of(*kind, seed) for kind in kinds for seed in range(args.seeds)]
     todo = {job["key"]: job for job in jobs if job["key"] not in rows}
     by_training = {}
@@ -250,7 +250,7 @@ def main():
         lines += [f"**{TABLES[name][0]}**", "", *write_table(name, filled), ""]
         draw_bars(os.path.join(args.out, f"{name}.png"), TABLES[name][0], filled)
     if not args.only or "orders" in args.only:
-        best = lambda train_args, sampling: min((results(train_args, dict(sampling, cfg_scale=scale)) for scale in SCALES),
+        best = lambda train_args, sampling: min((results(train_args, {**sampling, **tuning}) for tuning in TUNINGS),
                                                 key=lambda rows: mean_and_spread(rows, "frechet_distance")[0])
         orders = {name: [(len(point[1].get("bands", ())) or point[1]["ar_steps"], best(*point)) for point in points]
                   for name, points in ORDERS.items()}

@@ -632,7 +632,7 @@ def sampling_defaults(cfg):
     """
     if cfg.order == "frequency" and cfg.context == "last" and cfg.target == "full":
         return dict(bands=paper_sampling_bands(cfg.latent_size), sampler="ddpm", steps=(100, 100), cfg_scale=1.0, temperature=1.0)
-    return dict(bands=cfg.bands, sampler="dpmpp", steps=(10, 10), cfg_scale=4.0 if cfg.label_drop else 1.0, temperature=1.1)
+    return dict(bands=cfg.bands, sampler="dpmpp", steps=(10, 10), cfg_scale=4.0 if cfg.label_drop else 1.0, temperature=1.15)
 
 
 def paper_sampling_bands(latent_size):

@@ -407,6 +407,35 @@ def test_two_ranks_together_draw_what_one_process_draws():
     assert torch.equal(one, torch.cat(two))
 
 
+def test_muon_gives_every_direction_about_the_same_step():
+    from muon import orthogonalise
+    g = torch.randn(3, 24, 40) * torch.logspace(0, -1.5, 40)            # some columns count thirty times more than others
+    for matrices in (g, g.mT):
+        u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+        found = orthogonalise(matrices)
+        assert found.shape == matrices.shape
+        values = u.mT @ found @ v.mT                                    # in the basis of the singular vectors
+        assert (values - torch.diag_embed(values.diagonal(dim1=1, dim2=2))).abs().max() < 1e-3
+        assert 0.6 < values.diagonal(dim1=1, dim2=2).min() and values.diagonal(dim1=1, dim2=2).max() < 1.25
+
+
+def test_muon_steps_the_matrices_of_blocks_and_adamw_the_rest():
+    import train
+    model, data = small("band"), torch.randn(4, 4, 8, 8)
+    optimizer = train.make_optimizer(model, 1e-2, muon=True)
+    groups = {group["matrices"]: group["params"] for group in optimizer.param_groups}
+    assert all(p.ndim == 2 for p in groups[True]) and sum(len(group["params"]) for group in optimizer.param_groups) == len(
+        [p for p in model.parameters() if p.requires_grad])
+    before = model.encoder[0].mlp.fc1.weight.detach().clone()
+    model(data, Randomness(0, 0), torch.zeros(4, dtype=torch.long))[0].backward()
+    model.encoder[0].mlp.fc1.weight.grad.normal_()                      # at the start it is zero
+    optimizer.step()
+    values = torch.linalg.svdvals(model.encoder[0].mlp.fc1.weight - before * (1 - 1e-2 * 0.02))
+    assert values.max() < 2 * values.min(), "one step, alike in every direction"
+    plain = train.make_optimizer(model, 1e-2)
+    assert not any(group["matrices"] for group in plain.param_groups)
+
+
 def test_an_epoch_shows_every_image_once():
     order = epoch_indices(0, 20, 10, seed=0)
     assert sorted(order[:10].tolist()) == sorted(order[10:].tolist()) == list(range(10)) and order[:10].tolist() != order[10:].tolist()

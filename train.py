@@ -86,14 +86,14 @@ def get_args():
 
 
 # Training of a size. The paper's (FAR, implementation details): lr 1e-4 per 256 images, 100 warm-up epochs, then constant,
-# 400 epochs, batch 1024, EMA 0.9999. The small ones: minutes on two CPU cores, one cosine.
+# 400 epochs, batch 1024, EMA 0.9999. The small ones: minutes on two CPU cores, one cosine, Muon.
 PAPER = dict(epochs=400, warmup_epochs=100, batch=64, lr=1e-4, lr_per=256, cosine=False)
 RECIPES = {
-    "far_nano": dict(steps=4000, warmup=100, batch=32, lr=3e-3, cosine=True, muon=True),
-    "far_tiny": dict(steps=6000, warmup=100, batch=32, lr=3e-3, cosine=True, muon=True),
+    "far_nano": dict(steps=3000, warmup=100, batch=32, lr=1e-2, cosine=True, muon=True),
+    "far_tiny": dict(steps=4500, warmup=100, batch=32, lr=1e-2, cosine=True, muon=True),
     "far_s": dict(steps=100_000, warmup=1000, batch=128, lr=5e-4, cosine=True),
     "far_t2i": dict(PAPER, epochs=100, ema=0.99),
-    "far_tiny_t2i": dict(steps=10_000, warmup=200, batch=32, lr=2e-3, cosine=True, muon=True),
+    "far_tiny_t2i": dict(steps=5000, warmup=100, batch=32, lr=8e-3, cosine=True, muon=True),
 }
 
 
