@@ -91,7 +91,7 @@ def scene(seed, index, captioned=False, task=None, held_out=None):
             chosen = "class"
             plan = [(KINDS[index % len(KINDS)], rng.uniform(0.3, 0.4))]
             plan += [(rng.choice(KINDS), rng.uniform(0.09, 0.12)) for _ in range(rng.choice((0, 0, 0, 1, 2)))]
-        objects = place_on_grid(rng, plan, apart=chosen == "position") if captioned else place(rng, plan)
+        objects = place_in_quarters(rng, plan, apart=chosen == "position") if captioned else place(rng, plan)
     background = rng.choice(list(BACKGROUNDS))
     return dict(task=chosen, objects=objects, background=background,
                 background_rgb=jitter(rng, (BACKGROUNDS[background] + rng.randint(-10, 10),) * 3, 5),
@@ -126,20 +126,16 @@ def place(rng, plan):
     return objects
 
 
-def place_on_grid(rng, plan, apart):
+def place_in_quarters(rng, plan, apart):
     """
-    Objects near the points of a 3 x 3 grid, half a picture apart or more, across or down; None if they do not fit.
-    `apart`: the direction from the first to the second is clear, so that "left of" is never also "above".
+    Objects in different quarters of the picture, near their middles; None if they do not fit. `apart`: the direction from
+    the first to the second is clear, so that "left of" is never also "above".
     """
-    objects = []
-    for kind, radius in plan:
-        x, y = (rng.choice((0.25, 0.5, 0.75)) + rng.uniform(-0.01, 0.01) for _ in "xy")
-        for other in objects:
-            near, far = sorted((abs(x - other["x"]), abs(y - other["y"])))
-            if far < 0.45 or (apart and far < 3 * near):
-                return None
-        objects.append(thing(rng, kind, radius, x, y, tilt=4))
-    return objects
+    quarters = rng.sample([(x, y) for x in (0.25, 0.75) for y in (0.25, 0.75)], len(plan))
+    if apart and quarters[0][0] != quarters[1][0] and quarters[0][1] != quarters[1][1]:
+        return None
+    near = lambda middle: middle + rng.uniform(-0.01, 0.01)
+    return [thing(rng, *what, near(x), near(y), tilt=4) for what, (x, y) in zip(plan, quarters)]
 
 
 def thing(rng, kind, radius, x, y, tilt):
