@@ -27,7 +27,7 @@ from far import (FAR, LAYOUTS, PRESETS, FARConfig, Randomness, band_causal_mask,
                  mask_ratio, paper_sampling_bands)
 from mar import make_model
 from published import load_published_far, our_name
-from tokenizer import AutoencoderKL, TokenizerConfig, epoch_indices, load_tokenizer
+from tokenizer import AutoencoderKL, TokenizerConfig, epoch_indices, keep_frequencies, load_tokenizer
 
 torch.set_num_threads(1)       # as the subprocesses here: sums are rounded otherwise with other numbers of threads
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -801,6 +801,33 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(mini, cli):
     code, said, _ = cli("train", *arguments)
     assert code == 0 and "falling back" in said and "continuing from step 2" in said
     assert weights_of(out)[0] == 4
+
+
+def test_keep_frequencies_is_the_lowpass_of_each_image():
+    x, k = torch.randn(4, 2, 8, 8), torch.tensor([1, 2, 3, 4])
+    each = torch.cat([lowpass(image[None], 2 * int(n)) for image, n in zip(x, k)])
+    assert torch.allclose(keep_frequencies(x, k, 2), each, atol=1e-5)
+    assert torch.equal(keep_frequencies(x, torch.full((4,), 8)), x)
+
+
+def test_a_band_of_an_equivariant_latent_is_that_band_of_the_image(tmp_path):
+    import tokenizer
+    from data import load_data
+    data, error = load_data("shapes", 16), []
+    images = tokenizer.to_unit(data.batch(torch.arange(24)))
+    for equivariant in (False, True):
+        cfg = tokenizer.default_config(16, 3, 4, captions=equivariant)
+        trained = tokenizer.train_tokenizer(data, cfg, str(tmp_path / f"{equivariant}.pt"), steps=100)
+        decoded = trained.decode(lowpass(trained.encode(images)[0], 1))
+        error.append((decoded - lowpass(images, 4)).abs().mean())
+    assert error[1] < 0.85 * error[0]
+
+
+def test_at_the_end_only_the_decoder_of_an_equivariant_tokenizer_learns():
+    import tokenizer
+    network = AutoencoderKL(tokenizer.default_config(16, 3, 4, captions=True))
+    network.loss(torch.randn(2, 3, 16, 16), torch.randn(2, 8, 4, 4), 1e-2, decoder_only=True)[0].backward()
+    assert all(p.grad is None for p in network.encoder.parameters()) and network.decoder.position.grad is not None
 
 
 def test_a_tokenizer_continues_where_it_was_interrupted(mini, tmp_path, monkeypatch):

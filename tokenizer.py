@@ -12,6 +12,7 @@ train in minutes on a CPU.
 Shapes: B images, S side of the image, C latent channels, H = S / stride side of the latent grid, c image channels.
 """
 import argparse
+import functools
 import hashlib
 import math
 import os
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from common import (InputError, OneLineParser, barrier, check_fields, command_line, load_checkpoint, loader_threads, pick_device, prefetch,
                     rank_and_world, save_checkpoint, write_atomically)
 from data import load_data, reading
+from far import both_axes, lowpass_matrices
 
 
 @dataclass
@@ -40,6 +42,7 @@ class TokenizerConfig:
     n_res: int = 1                  # residual blocks per level of the encoder; the decoder has one more
     latent_dim: int = 4             # C
     level_attention: bool = False   # attention in the encoder's last level too (the published KL-16)
+    equivariant: bool = False       # a band of the latent is that band of the image (see AutoencoderKL.loss): it says where things are
     shortcut: bool = True           # a linear path around encoder and decoder: what a patch-wise PCA does is not relearned
 
     @property
@@ -112,6 +115,11 @@ def middle(n):
     return nn.ModuleDict(dict(block_1=ResBlock(n, n), attn_1=AttnBlock(n), block_2=ResBlock(n, n)))
 
 
+def position_map(n, side):
+    """Learned positions: without them convolutions could not turn one vector, the lowest band, into places."""
+    return nn.Parameter(torch.zeros(1, n, side, side))
+
+
 class Encoder(nn.Module):
     """Image to the mean and log-variance of its latent."""
 
@@ -119,6 +127,7 @@ class Encoder(nn.Module):
         super().__init__()
         width = [cfg.width * m for m in cfg.mult]
         self.conv_in = nn.Conv2d(cfg.image_channels * cfg.patch ** 2, width[0], 3, padding=1)
+        self.position = position_map(width[0], cfg.image_size // cfg.patch) if cfg.equivariant else 0
         self.down = nn.ModuleList()
         for i, n in enumerate(width):
             last = i == len(width) - 1
@@ -133,7 +142,7 @@ class Encoder(nn.Module):
         self.norm_out, self.conv_out = group_norm(n), nn.Conv2d(n, 2 * cfg.latent_dim, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
+        x = self.conv_in(x) + self.position
         for level in self.down:
             for j, block in enumerate(level["block"]):
                 x = block(x)
@@ -150,6 +159,7 @@ class Decoder(nn.Module):
         super().__init__()
         width = [cfg.width * m for m in cfg.mult]
         self.conv_in = nn.Conv2d(cfg.latent_dim, width[-1], 3, padding=1)
+        self.position = position_map(width[-1], cfg.latent_size) if cfg.equivariant else 0
         self.mid = middle(width[-1])
         self.up = nn.ModuleList()
         for i, n in enumerate(width):
@@ -163,7 +173,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width[0], cfg.image_channels * cfg.patch ** 2, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
+        x = self.conv_in(x) + self.position
         x = self.mid["block_2"](self.mid["attn_1"](self.mid["block_1"](x)))
         for level in reversed(self.up):
             for block in level["block"]:
@@ -199,24 +209,43 @@ class AutoencoderKL(nn.Module):
         image = F.pixel_shuffle(self.decoder(self.post_quant_conv(latent)), self.cfg.patch)
         return image + F.pixel_shuffle(self.shortcut_out(latent), self.cfg.stride) if self.cfg.shortcut else image
 
-    def loss(self, image, noise, kl_weight):
+    def loss(self, image, noise, kl_weight, k=None, decoder_only=False):
         """
         Mean absolute error plus `kl_weight` times the Kullback-Leibler divergence of the latent from a unit Gaussian,
-        both per pixel (Kingma & Welling 2014; Rombach et al. 2022 eq. 25 without its adversarial term).
+        both per pixel (Kingma & Welling 2014; Rombach et al. 2022 eq. 25 without its adversarial term). With k (B,), the
+        frequencies per axis of each latent to keep, 1..H, latent and image are compared after the same low-pass: so a
+        band of the latent becomes that band of the image (scale equivariance, Skorokhodov et al. 2025, arXiv 2502.14831).
         image (B, c, S, S); noise (B, C, H, H), unit normal. Returns (loss, error, KL per latent number).
         """
-        mean, logvar = self.encode(image)
-        mean, logvar = mean.float(), logvar.float()
-        decoded = self.decode(mean + (0.5 * logvar).exp() * noise).float()
-        error = (decoded - image).abs().mean()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not decoder_only):
+            mean, logvar = self.encode(image)
+            mean, logvar = mean.float(), logvar.float()
+            latent = mean + (0.5 * logvar).exp() * noise
+        if k is not None:
+            latent, image = keep_frequencies(latent, k), keep_frequencies(image, k, self.cfg.stride)
+        error = (self.decode(latent).float() - image).abs().mean()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
         return error + kl_weight * kl.sum() / image.numel(), error, kl.mean()
 
 
-def default_config(image_size, image_channels, stride=None, latent_dim=None):
+@functools.cache
+def axis_lowpasses(size, unit):
+    """The low-passes of an axis that keep unit, 2 unit, ..., size frequencies: (size / unit, size, size)."""
+    pairs = (lowpass_matrices(size, k, "spatial") for k in range(unit, size + 1, unit))
+    return torch.stack([up @ down for down, up in pairs])
+
+
+def keep_frequencies(x, k, unit=1):
+    """The spatial low-pass of far.py, image by image: x (B, c, S, S) with k * unit frequencies per axis; k (B,), from 1."""
+    with torch.autocast(x.device.type, enabled=False):
+        return both_axes(axis_lowpasses(x.shape[-1], unit).to(x.device)[k - 1][:, None], x.float())
+
+
+def default_config(image_size, image_channels, stride=None, latent_dim=None, captions=False):
     """
     The tokenizer for an image size. Up to 64 px: a small one that trains in minutes on two CPU cores, stride 8. Above:
-    the published KL-16 network, stride 16, for a GPU. Raises InputError on a stride that is not there or does not divide.
+    the published KL-16 network, stride 16, for a GPU. The small one is equivariant for captioned pictures: where several
+    things have places, the lowest band must know them. Raises InputError on a stride that is not there or does not divide.
     """
     stride = stride or (8 if image_size <= 64 else 16)
     if stride not in (4, 8, 16):
@@ -226,7 +255,7 @@ def default_config(image_size, image_channels, stride=None, latent_dim=None):
     else:
         # few rich tokens: on Fashion-MNIST 4 x 4 x 32 latents train FAR to half the Frechet distance of 8 x 8 x 8 ones
         channels = {4: 8, 8: 32 if image_channels == 1 else 64, 16: 64}[stride]                   # a colour token says more
-        shape = dict(patch=stride, width=64 if stride == 4 else 128, mult=(1,), latent_dim=latent_dim or channels)
+        shape = dict(patch=stride, width=64 if stride == 4 else 128, mult=(1,), latent_dim=latent_dim or channels, equivariant=captions)
     return TokenizerConfig(image_channels=image_channels, image_size=image_size, **shape)
 
 
@@ -391,6 +420,9 @@ def save_tokenizer(path, tokenizer, **more):
 
 
 STEPS = 2500
+# Of an equivariant tokenizer: the share of images compared after a low-pass, at first; it falls to 0 while encoder and
+# decoder learn together, and for the rest of the steps the decoder learns alone, whole images only.
+LOWPASSED, TOGETHER = 0.6, 0.7
 
 
 def train_tokenizer(data, cfg, path, steps=STEPS, batch=None, lr=None, kl_weight=1e-2, seed=0, device="cpu", dtype="fp32",
@@ -426,8 +458,13 @@ def train_tokenizer(data, cfg, path, steps=STEPS, batch=None, lr=None, kl_weight
             mirror = torch.rand(len(images), 1, 1, 1, generator=generator, device=device) < 0.5
             images = torch.where(mirror, images.flip(-1), images)
         noise = torch.randn(len(images), cfg.latent_dim, cfg.latent_size, cfg.latent_size, generator=generator, device=device)
+        k, together = None, not cfg.equivariant or step < TOGETHER * steps
+        if cfg.equivariant and together:
+            u = torch.rand(2, len(images), generator=generator, device=device)
+            share = LOWPASSED * (1 - step / (TOGETHER * steps))
+            k = torch.where(u[0] < share, (1 + u[1] * (cfg.latent_size - 1)).long(), cfg.latent_size)
         with autocast(device, dtype):
-            loss, error, kl = tokenizer.loss(images, noise, kl_weight)
+            loss, error, kl = tokenizer.loss(images, noise, kl_weight, k, decoder_only=not together)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
         if not torch.isfinite(norm):
@@ -541,7 +578,7 @@ def main():
     device = pick_device(args.device)
     args.dtype = args.dtype or faster_dtype(device)
     data, held_out = (load_data(args.data, args.size, args.data_dir, split, args.skip_bad, workers=loader_threads()) for split in ("train", "test"))
-    cfg = default_config(data.size, data.channels, args.stride, args.latent_dim)
+    cfg = default_config(data.size, data.channels, args.stride, args.latent_dim, bool(data.captions))
     path = args.out or tokenizer_path(args.data_dir, data, cfg, args.steps)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     print(f"{data.name}: {len(data):,} images of {data.size} px -> {cfg.latent_size} x {cfg.latent_size} tokens of {cfg.latent_dim}")

@@ -350,7 +350,7 @@ def main():
         encoder = load_encoder(args.text, device, args.dtype) if args.text else None
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     tokenizer_cfg = (fit_tokenizer(tokenizer.cfg, data, args.tokenizer) if tokenizer
-                     else default_config(data.size, data.channels, args.stride))
+                     else default_config(data.size, data.channels, args.stride, captions=bool(data.captions)))
     cfg = model_config(args, data, tokenizer_cfg, encoder)
     if args.eval_every is not None:
         check_progress(args.eval_every, data, cfg)
