@@ -436,6 +436,14 @@ def test_muon_steps_the_matrices_of_blocks_and_adamw_the_rest():
     assert not any(group["matrices"] for group in plain.param_groups)
 
 
+def test_timing_a_step_changes_nothing():
+    import train
+    model = small("band")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert train.time_step(model, 4, train.make_optimizer(model, 0.0, muon=True)) > 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_an_epoch_shows_every_image_once():
     order = epoch_indices(0, 20, 10, seed=0)
     assert sorted(order[:10].tolist()) == sorted(order[10:].tolist()) == list(range(10)) and order[:10].tolist() != order[10:].tolist()

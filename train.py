@@ -201,13 +201,17 @@ def make_optimizer(model, lr, muon=False, bf16=False, weight_decay=0.02):
     return Muon(groups, bf16, lr=lr, betas=(0.9, 0.95), fused=fused)
 
 
-def time_step(model, batch, text=None):
-    """Seconds of one training step on random latents, and the text of a batch if any, after a warm-up. Changes nothing."""
+def time_step(model, batch, optimizer, text=None):
+    """
+    Seconds of one training step on random latents, and the text of a batch if any, after a warm-up. With an optimizer of
+    learning rate 0 it changes nothing.
+    """
     cfg, device = model.cfg, model.band_std.device
     x = torch.randn(batch, cfg.latent_dim, cfg.latent_size, cfg.latent_size, device=device)
     for step in range(2):
         start = time.time()
         model(x, Randomness(0, step, device), torch.zeros(batch, dtype=torch.long, device=device), text)[0].backward()
+        optimizer.step()
         model.zero_grad(set_to_none=True)
     return time.time() - start
 
@@ -379,7 +383,8 @@ def main():
     if device.type == "cpu" and rank == 0 and start < recipe["steps"]:
         with autocast(device, args.dtype):
             text = encode(encoder, [data.captions[i % len(data)] for i in range(recipe["batch"])]) if args.text else None
-            seconds = time_step(model, recipe["batch"], text) * args.accum * (recipe["steps"] - start)
+            seconds = time_step(model, recipe["batch"], make_optimizer(model, 0.0, recipe.get("muon"), args.dtype == "bf16"), text)
+            seconds *= args.accum * (recipe["steps"] - start)
         say(f"a timed step says: about {duration(seconds)} for the training of the model on this CPU"
             + ("; far_nano and far_tiny are meant for CPUs" if seconds > 7200 else ""))
 
