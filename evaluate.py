@@ -191,7 +191,7 @@ def classifier_features(data, device="cpu", data_dir="data", test=None):
         train_classifier(net, data, device)
         os.makedirs(data_dir, exist_ok=True)
         save_checkpoint(path, dict(kind="classifier", state=net.cpu().state_dict()))
-    with reading(path):                                      # what was just trained as well: the same memory layout, the same bits
+    with reading(path):                              # what was just trained as well: the same memory layout, the same bits
         load_exactly(kept, load_checkpoint(path, kind="classifier")["state"], path)
     return ClassifierFeatures(kept, data, device, test)
 

@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import check_fields
-from diffusion import SAMPLERS, DiffusionHead, n_noise
+from diffusion import SAMPLERS, DiffusionHead, fast_attention, n_noise
 from text import ByteEncoder
 
 # The two ways to lay bands out. Everything else is shared.
@@ -65,6 +65,7 @@ class FARConfig:
     # the head
     head_width: int = 192
     head_depth: int = 3
+    head_attention: int = 0           # heads of attention in its blocks: a band is drawn jointly; 0, tokens independently
     schedule: str = "cosine"          # noise schedule: cosine or linear
     predict: str = "v"                # v or eps
     times: str = "logit-normal"       # diffusion steps of training: uniform, or logit-normal, which are more often in the middle
@@ -103,6 +104,8 @@ class FARConfig:
             raise ValueError("ladder random needs context all: with context last every step trains one band anyway")
         if self.grid == "band" and self.target == "full":
             raise ValueError("target full (the head learns the unfiltered x) needs grid full")
+        if self.head_attention and (self.head_width % self.head_attention or self.order != "frequency"):
+            raise ValueError("head_attention needs a head_width that is a multiple of it, and the frequency order")
         if self.n_class < 1:
             raise ValueError(f"n_class must be at least 1, not {self.n_class}")
 
@@ -221,14 +224,6 @@ def band_causal_mask(n_tokens):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The transformer
-
-def fast_attention(q, k, v, mask=None, dropout=0.0):
-    """Scaled dot-product attention, (B, heads, N, d) each. On a CPU in float32: there, bf16's backward is 3 times slower."""
-    if q.device.type == "cpu":
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout)
-
 
 class Attention(nn.Module):
     """Multi-head attention. `cache` (a dict, in sampling) keeps the keys and values of the lower bands."""
@@ -349,7 +344,8 @@ class FAR(nn.Module):
             nn.init.zeros_(linear.bias)
         if not cfg.text_dim:
             nn.init.normal_(self.class_embed.weight, std=0.02)
-        self.head = DiffusionHead(cfg.latent_dim, D, cfg.head_width, cfg.head_depth, cfg.schedule, cfg.predict)
+        self.head = DiffusionHead(cfg.latent_dim, D, cfg.head_width, cfg.head_depth, cfg.schedule, cfg.predict,
+                                  cfg.head_attention)
         # the ladder: A_k in down[k, :k], U_k in up[k, :, :k], and the std of every band of the training data
         down, up = torch.zeros(H + 1, H, H), torch.zeros(H + 1, H, H)
         for k in range(1, H + 1):
@@ -531,7 +527,7 @@ class FAR(nn.Module):
             r = round(cfg.noise_levels * math.sqrt(max(n_tokens) / N)) if cfg.context == "all" else cfg.noise_levels
             condition = self.head.condition(z_l, k_in[l].to(z_l)[:, None, None])                 # (B, N_l, W), once for r levels
             each = lambda v: v[:, None].expand(B, r, N, v.shape[-1]).flatten(0, 1)               # (B r, N_l, .)
-            t = self.head.draw_times(cfg.times, draw, B, r, N)
+            t = self.head.draw_times(cfg.times, draw, B, r, 1 if cfg.head_attention else N).expand(B, r, N)
             noise_l = draw(torch.randn, B, r, N, C)
             mse, bits = self.head.loss(each(target), each(condition), t.flatten(0, 1), noise_l.flatten(0, 1))
             total = total + ((mse + bits).view(B, -1).sum(dim=1) * weights[l].to(x.device)).sum()
@@ -664,6 +660,8 @@ def count_flops(cfg, sampling=None):
     block = lambda n, seen: n * (24 * D * D + 4 * seen * D)              # qkv, proj and MLP; scores and values of `seen` tokens
     cond = 2 * D * W                                                     # of the head, once per token
     call = 6 * C * W + (10 * cfg.head_depth + 4) * W * W                 # once per token and noise level: in, out, MLPs, adaLN
+    call += 8 * cfg.head_depth * W * W * (cfg.head_attention > 0)
+    look = lambda n: 4 * cfg.head_depth * n * W * (cfg.head_attention > 0)                       # scores and values of n tokens
     if sampling is None:
         if cfg.context == "last":                                        # one band per image and step
             n_tokens = n_tokens[-1:]
@@ -671,7 +669,7 @@ def count_flops(cfg, sampling=None):
         N = sum(p * n for p, n in zip(share, n_tokens)) + cfg.n_cond
         levels = [cfg.noise_levels * (math.sqrt(max(n_tokens) / n) if cfg.context == "all" else 1) for n in n_tokens]
         call += 2 * (256 + W) * W                                        # in training every token has a time of its own to embed
-        head = sum(p * n * (cond + round(r) * call) for p, n, r in zip(share, n_tokens, levels))
+        head = sum(p * n * (cond + round(r) * (call + look(n))) for p, n, r in zip(share, n_tokens, levels))
         return 3 * (2 * cfg.depth * block(N, N) + N * 2 * D * D), 3 * head, N
     weights = guidance_weights(cfg.guidance, sampling["cfg_scale"], L)
     branches, transformer, head, tokens, seen = 1 + any(w != 1 for w in weights), 0, 0, 0, 0
@@ -680,7 +678,7 @@ def count_flops(cfg, sampling=None):
         seen = new + (seen if cfg.context == "all" else 0)               # with keys and values of the lower bands
         transformer += branches * (2 * cfg.depth * block(new, seen) + new * 2 * D * D)
         tokens += branches * new
-        head += n * (1 + (w != 1)) * (cond + steps * call)
+        head += n * (1 + (w != 1)) * (cond + steps * (call + look(n)))
     return transformer, head, tokens
 
 

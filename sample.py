@@ -229,7 +229,8 @@ def sampling_settings(args, cfg):
     if not 1 <= min(settings["steps"]) <= max(settings["steps"]) <= 1000:
         raise InputError(f"--steps must be between 1 and 1000, not {','.join(map(str, settings['steps']))}")
     if settings["cfg_scale"] != 1 and cfg.label_drop == 0:
-        raise InputError("--cfg needs an unconditional branch, and this model was trained without one (label_drop=0): use --cfg 1")
+        raise InputError("--cfg needs an unconditional branch, and this model was trained without one (label_drop=0): "
+                         "use --cfg 1")
     try:
         check_bands(settings["bands"], cfg.latent_size)
     except ValueError as error:
@@ -292,11 +293,14 @@ def benchmark(args):
         layouts = {"paper" if cfg.grid == "full" else "band": asdict(cfg)}
     elif args.benchmark in PRESETS:
         base = dict(latent_size=16, latent_dim=16, n_class=1000)
-        layouts = {name: asdict(FARConfig(**base, **PRESETS[args.benchmark], **LAYOUTS[name], bands=default_bands(16, name))) for name in ("paper", "band")}
+        layouts = {name: asdict(FARConfig(**base, **PRESETS[args.benchmark], **LAYOUTS[name], bands=default_bands(16, name)))
+                   for name in ("paper", "band")}
     else:
         raise InputError(f"--benchmark {args.benchmark} is not known; there are {', '.join(PRESETS)}")
-    print(f"{args.ckpt or args.benchmark}, {n} images at once, {device}, {torch.get_num_threads()} threads, guidance 3, without decoding\n\n"
-          "| layout | sampler | steps | bands | arithmetic | head calls / image | transformer tokens / image | images/s | times the first | peak MiB |\n"
+    print(f"{args.ckpt or args.benchmark}, {n} images at once, {device}, {torch.get_num_threads()} threads, guidance 3, "
+          "without decoding\n\n"
+          "| layout | sampler | steps | bands | arithmetic | head calls / image | transformer tokens / image | images/s "
+          "| times the first | peak MiB |\n"
           "|---|---|---|---|---|---|---|---|---|---|")
     first, fast = None, args.dtype or faster_dtype(device)
     for layout, config in layouts.items():
@@ -309,7 +313,8 @@ def benchmark(args):
                 seconds, memory = pool.apply(time_sampling, (job,))
             first = first or seconds
             calls, tokens = count_work(model_cfg, settings["bands"], settings["steps"], settings["cfg_scale"])
-            print(f"| {layout} | {sampler} | {' to '.join(map(str, dict.fromkeys(steps)))} | {','.join(map(str, settings['bands']))} | {dtype} | {calls:,} | {tokens:,} | {n / seconds:.3g} "
+            print(f"| {layout} | {sampler} | {' to '.join(map(str, dict.fromkeys(steps)))} "
+                  f"| {','.join(map(str, settings['bands']))} | {dtype} | {calls:,} | {tokens:,} | {n / seconds:.3g} "
                   f"| {first / seconds:.1f} | {memory:.0f} |", flush=True)
 
 
@@ -381,8 +386,8 @@ def get_args():
     add("--batch", type=int, default=64, help="images at once")
     add("--device", help="cuda, mps or cpu; by default the best there is")
     add("--dtype", choices=("bf16", "fp32"), help="arithmetic of the networks; by default that of the training")
-    add("--benchmark", nargs="?", const="far_b", metavar="PRESET", help="time samplers and layouts on this machine, with --ckpt's "
-        "model or a preset with random weights (far_b), and print a table")
+    add("--benchmark", nargs="?", const="far_b", metavar="PRESET",
+        help="time samplers and layouts on this machine, with --ckpt's model or a preset with random weights (far_b), and print a table")
     return parser.parse_args()
 
 

@@ -26,8 +26,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (InputError, OneLineParser, barrier, check_fields, command_line, load_checkpoint, loader_threads, pick_device, prefetch,
-                    rank_and_world, save_checkpoint, write_atomically)
+from common import (InputError, OneLineParser, barrier, check_fields, command_line, load_checkpoint, loader_threads, pick_device,
+                    prefetch, rank_and_world, save_checkpoint, write_atomically)
 from data import load_data, reading
 from far import both_axes, lowpass_matrices
 
@@ -42,7 +42,7 @@ class TokenizerConfig:
     n_res: int = 1                  # residual blocks per level of the encoder; the decoder has one more
     latent_dim: int = 4             # C
     level_attention: bool = False   # attention in the encoder's last level too (the published KL-16)
-    equivariant: bool = False       # a band of the latent is that band of the image (see AutoencoderKL.loss): it says where things are
+    equivariant: bool = False       # a band of the latent is that band of the image (see AutoencoderKL.loss)
     shortcut: bool = True           # a linear path around encoder and decoder: what a patch-wise PCA does is not relearned
 
     @property
@@ -251,11 +251,13 @@ def default_config(image_size, image_channels, stride=None, latent_dim=None, cap
     if stride not in (4, 8, 16):
         raise InputError(f"--stride is 4, 8 or 16, not {stride}")
     if stride == 16 and image_size > 64:
-        shape = dict(patch=1, width=128, mult=(1, 1, 2, 2, 4), n_res=2, latent_dim=latent_dim or 16, level_attention=True, shortcut=False)
+        shape = dict(patch=1, width=128, mult=(1, 1, 2, 2, 4), n_res=2, latent_dim=latent_dim or 16, level_attention=True,
+                     shortcut=False)
     else:
         # few rich tokens: on Fashion-MNIST 4 x 4 x 32 latents train FAR to half the Frechet distance of 8 x 8 x 8 ones
         channels = {4: 8, 8: 32 if image_channels == 1 else 64, 16: 64}[stride]                   # a colour token says more
-        shape = dict(patch=stride, width=64 if stride == 4 else 128, mult=(1,), latent_dim=latent_dim or channels, equivariant=captions)
+        shape = dict(patch=stride, width=64 if stride == 4 else 128, mult=(1,), latent_dim=latent_dim or channels,
+                     equivariant=captions)
     return TokenizerConfig(image_channels=image_channels, image_size=image_size, **shape)
 
 
@@ -365,7 +367,8 @@ def load_published(content, path):
         image_channels=weights["encoder.conv_in.weight"].shape[1], image_size=16 * 2 ** (levels - 1), patch=1, width=width,
         mult=tuple(weights[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] // width for i in range(levels)),
         n_res=len({name.split(".")[4] for name in weights if name.startswith("encoder.down.0.block.")}),
-        latent_dim=weights["post_quant_conv.weight"].shape[0], level_attention=f"encoder.down.{levels - 1}.attn.0.q.weight" in weights, shortcut=False))
+        latent_dim=weights["post_quant_conv.weight"].shape[0],
+        level_attention=f"encoder.down.{levels - 1}.attn.0.q.weight" in weights, shortcut=False))
     load_exactly(tokenizer, weights, path)
     tokenizer.latent_scale.fill_(0.2325)
     return tokenizer
@@ -401,7 +404,8 @@ def check_weights(module, weights, path):
 
 def tokenizer_path(data_dir, data, cfg, steps):
     """Where the tokenizer of a data set, size, shape and length of training is kept: train.py and tokenizer.py share it."""
-    return os.path.join(data_dir, f"tokenizer_{data.name}_{data.size}_{data.fingerprint}_s{cfg.stride}c{cfg.latent_dim}_{steps}.pt")
+    name = f"tokenizer_{data.name}_{data.size}_{data.fingerprint}_s{cfg.stride}c{cfg.latent_dim}_{steps}.pt"
+    return os.path.join(data_dir, name)
 
 
 def is_trained(path):
@@ -433,10 +437,11 @@ def train_tokenizer(data, cfg, path, steps=STEPS, batch=None, lr=None, kl_weight
     """
     torch.manual_seed(seed)
     tokenizer = AutoencoderKL(cfg).to(device)
-    batch, lr = batch or (32 if cfg.shortcut else 8), lr or (4e-3 if cfg.shortcut else 2e-4)    # the small network, or the published one
+    default_batch, default_lr = (32, 4e-3) if cfg.shortcut else (8, 2e-4)                        # the small network, the published
+    batch, lr = batch or default_batch, lr or default_lr
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
-    identity = dict(config=asdict(cfg), data=dict(name=data.name, size=data.size, channels=data.channels, fingerprint=data.fingerprint),
-                    steps=steps, batch=batch, lr=lr, kl_weight=kl_weight, seed=seed)
+    about = dict(name=data.name, size=data.size, channels=data.channels, fingerprint=data.fingerprint)
+    identity = dict(config=asdict(cfg), data=about, steps=steps, batch=batch, lr=lr, kl_weight=kl_weight, seed=seed)
     start = 0
     if os.path.exists(path):
         before = load_checkpoint(path, "tokenizer")
@@ -577,7 +582,8 @@ def main():
     args = parser.parse_args()
     device = pick_device(args.device)
     args.dtype = args.dtype or faster_dtype(device)
-    data, held_out = (load_data(args.data, args.size, args.data_dir, split, args.skip_bad, workers=loader_threads()) for split in ("train", "test"))
+    data, held_out = (load_data(args.data, args.size, args.data_dir, split, args.skip_bad, workers=loader_threads())
+                      for split in ("train", "test"))
     cfg = default_config(data.size, data.channels, args.stride, args.latent_dim, bool(data.captions))
     path = args.out or tokenizer_path(args.data_dir, data, cfg, args.steps)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -586,7 +592,8 @@ def main():
         tokenizer = load_tokenizer(path).to(device)
         print("it is already trained")
     else:
-        tokenizer = train_tokenizer(data, cfg, path, args.steps, args.batch, args.lr, args.kl_weight, args.seed, device, args.dtype)
+        tokenizer = train_tokenizer(data, cfg, path, args.steps, args.batch, args.lr, args.kl_weight, args.seed, device,
+                                    args.dtype)
     print(f"PSNR on held-out images: {held_out_psnr(tokenizer, held_out, dtype=args.dtype):.2f} dB\n"
           f"latent scale {tokenizer.latent_scale.item():.4f}\nwritten: {path}")
 

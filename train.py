@@ -383,7 +383,8 @@ def main():
     if device.type == "cpu" and rank == 0 and start < recipe["steps"]:
         with autocast(device, args.dtype):
             text = encode(encoder, [data.captions[i % len(data)] for i in range(recipe["batch"])]) if args.text else None
-            seconds = time_step(model, recipe["batch"], make_optimizer(model, 0.0, recipe.get("muon"), args.dtype == "bf16"), text)
+            still = make_optimizer(model, 0.0, recipe.get("muon"), args.dtype == "bf16")
+            seconds = time_step(model, recipe["batch"], still, text)
             seconds *= args.accum * (recipe["steps"] - start)
         say(f"a timed step says: about {duration(seconds)} for the training of the model on this CPU"
             + ("; far_nano and far_tiny are meant for CPUs" if seconds > 7200 else ""))
