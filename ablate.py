@@ -61,8 +61,9 @@ TABLES = {
         ("1,2,4", [], {})] + [(bands, CHANGE(f"bands={bands}"), {}) for bands in ("4", "1,4", "2,4", "1,2,3,4")]),
     "ladder": ("Random sub-lists of the bands 1,2,4 in training, sampled with all of them", [
         ("always all", [], {}), ("random", LADDER, {})]),
-    "head": ("Width of the diffusion head", [
-        ("128", [], {}), ("64", CHANGE("head_width=64"), {}), ("256", CHANGE("head_width=256"), {})]),
+    "head": ("Width of the diffusion head, and attention in it among the tokens of a band", [
+        ("128", [], {}), ("64", CHANGE("head_width=64"), {}), ("256", CHANGE("head_width=256"), {}),
+        ("128, attention", CHANGE("head_attention=4"), {})]),
     "times": ("Diffusion steps that training shows", [("logit-normal", [], {}), ("uniform", CHANGE("times=uniform"), {})]),
     "noise": ("Noise on the lower bands in training", [
         ("0.4", [], {}), ("none", CHANGE("input_noise=0"), {}), ("0.8", CHANGE("input_noise=0.8"), {})]),

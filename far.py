@@ -608,8 +608,8 @@ PRESETS = {
 PRESETS["far_xl"] = PRESETS["far_h"]                     # the authors' other name for it
 # Text to image: far_l with cross-attention to Qwen2-1.5B's vectors, and a small one. Any other size takes text as well.
 PRESETS["far_t2i"] = dict(PRESETS["far_l"], text_dim=1536)
-PRESETS["far_tiny_t2i"] = dict(width=128, depth=2, n_head=4, n_cond=1, head_width=160, head_depth=2, noise_levels=2, text_dim=128,
-                               byte_depth=2)
+# The small one draws a band jointly: whether there is a circle here depends on whether there is one there.
+PRESETS["far_tiny_t2i"] = dict(PRESETS["far_tiny"], text_dim=128, byte_depth=2, head_attention=4)
 
 
 def default_bands(latent_size, layout):
