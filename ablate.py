@@ -170,15 +170,15 @@ def draw_bars(path, title, rows):
 
 def draw_orders(path, orders):
     """Quality against autoregressive steps, and against seconds per image. orders: name -> list of (steps, results)."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
+    figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
     for name, points in orders.items():
         fd = [mean_and_spread(results, "frechet_distance")[0] for _, results in points]
         axes[0].plot([steps for steps, _ in points], fd, "o-", label=name)
-        seconds = [mean_and_spread(results, "sampling_seconds")[0] / results[0]["n"] for _, results in points]
-        axes[1].plot(seconds, fd, "o-", label=name)
-    axes[0].set(xlabel="autoregressive steps", ylabel="FD (classifier)", xscale="log", yscale="log")
-    axes[1].set(xlabel="seconds / image, one core", xscale="log")
-    axes[0].legend(title="order")
+        seconds = [1000 * mean_and_spread(results, "sampling_seconds")[0] / results[0]["n"] for _, results in points]
+        axes[1].plot(seconds, fd, "o-")
+    axes[0].set(xlabel="autoregressive steps", ylabel="FD (classifier)", ylim=(0, None))
+    axes[1].set(xlabel="seconds / 1,000 images, one core", xlim=(0, None))
+    figure.legend(loc="outside upper center", ncols=len(orders))
     save_chart(path, figure)
 
 
