@@ -95,8 +95,7 @@ def scene(seed, index, captioned=False, task=None, held_out=None):
     background = rng.choice(list(BACKGROUNDS))
     return dict(task=chosen, objects=objects, background=background,
                 background_rgb=jitter(rng, (BACKGROUNDS[background] + rng.randint(-10, 10),) * 3, 5),
-                say_size=captioned and rng.random() < 0.4, say_background=rng.random() < 0.4,
-                say_place=rng.choice(("x", "y", None, None)))
+                say_size=captioned and rng.random() < 0.4, say_background=rng.random() < 0.4)
 
 
 def captioned_plan(rng, task, held_out):
@@ -188,9 +187,6 @@ def caption(truth):
     for thing in objects:
         size = next((word for word, (low, high) in SIZES.items() if low <= thing["radius"] <= high), "")
         words.append(f"{size} {kind_of(thing)}" if size and truth["say_size"] else kind_of(thing))
-        if truth["say_place"] and truth["task"] in ("single", "two"):
-            sides = dict(x=("on the left", "on the right"), y=("at the top", "at the bottom"))[truth["say_place"]]
-            words[-1] += f" {sides[thing[truth['say_place']] > 0.5]}"
     if truth["task"] == "counting":
         text = f"{'two' if len(objects) == 2 else 'three'} {words[0]}s"  # one size word fits all
     elif truth["task"] == "position":
@@ -256,7 +252,7 @@ class Shapes(Images):
         labels = np.zeros(n) if captioned else (np.arange(n) + self.offset) % len(KINDS)
         super().__init__("shapes_text" if captioned else "shapes", size, 3, False, labels,
                          ["all"] if captioned else KINDS, Lazy(n, self.text),
-                         f"shapes {4 if captioned else 2} {captioned} {split} {seed} {n}")
+                         f"shapes {3 if captioned else 2} {captioned} {split} {seed} {n}")
         # each picture is drawn once and kept, up to a gigabyte (50,000 of 64 px are 0.6)
         self.drawn = np.zeros(n if n * 3 * size * size < 2 ** 30 else 0, dtype=bool)
         self.kept = np.empty((len(self.drawn), 3, size, size), dtype=np.uint8)

@@ -334,10 +334,8 @@ class FAR(nn.Module):
         self.decoder_norm = nn.LayerNorm(D, eps=1e-6)
         self.mask_token = nn.Parameter(torch.randn(1, 1, D) * 0.02, requires_grad=cfg.mask != "none")
         # positions: one table on the H x H grid, low-passed to a band's grid; condition tokens in front
-        # With text they start large: only words such as "left" need them, and from 0.02 those are not learnt for long
-        scale = 0.5 if cfg.text_dim else 0.02
-        self.encoder_pos = nn.Parameter(torch.randn(1, cfg.n_cond + H * H, D) * scale)
-        self.decoder_pos = nn.Parameter(torch.randn(1, cfg.n_cond + H * H, D) * scale)
+        self.encoder_pos = nn.Parameter(torch.randn(1, cfg.n_cond + H * H, D) * 0.02)
+        self.decoder_pos = nn.Parameter(torch.randn(1, cfg.n_cond + H * H, D) * 0.02)
         self.head_pos = nn.Parameter(torch.randn(1, H * H, D) * 0.02)
         if cfg.grid == "band" or cfg.context == "all":                    # the paper's layout does not tell the level here
             self.level_in, self.level_out = nn.Parameter(torch.zeros(H + 1, D)), nn.Parameter(torch.zeros(H + 1, D))
