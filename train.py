@@ -515,6 +515,8 @@ def main():
             say(f"\nstopped after step {done}; it is saved, and the same command continues")
             return
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)             # all is saved: from here they end the program at once
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     look(draw_pictures)
     if rank == 0:
         held_out = load_data(args.data, args.size, args.data_dir, "test", skip_bad=args.skip_bad)
