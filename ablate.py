@@ -7,7 +7,7 @@ The paper's ablations at laptop scale: small models on Fashion-MNIST, every row 
 
 Writes ablations.md, a PNG of bars for every table, and orders.png (frequency against position) to --out. A row is one
 training and one way to sample from it; trainings that rows share are made once. Budget: the training FLOPs (counted, see
-far.count_flops) of --steps steps of the default layout. A difference counts if the means are further apart than the two
+count.count_flops) of --steps steps of the default layout. A difference counts if the means are further apart than the two
 rows' seeds are among themselves.
 """
 import functools
@@ -23,9 +23,10 @@ import torch
 from tqdm import tqdm
 
 from common import InputError, OneLineParser, command_line, write_atomically
+from count import count_flops
 from data import load_data, reading
 from evaluate import Judge, pyplot, save_chart
-from far import count_flops, sampling_defaults
+from far import sampling_defaults
 from sample import load_run
 from tokenizer import STEPS as TOKENIZER_STEPS
 from tokenizer import default_config

@@ -175,9 +175,9 @@ class DiffusionHead(nn.Module):
         """The clean token that a prediction implies, of the noise or of v = alpha noise - sigma x_0 (Salimans & Ho 2022)."""
         return (xt - sigma * prediction) / alpha if self.predict == "eps" else alpha * xt - sigma * prediction
 
-    def draw_times(self, kind, draw, B, *shape):
+    def draw_times(self, kind, draw, B, *shape, mean=0.0):
         """Steps t to train on, LongTensor (B, *shape): `uniform` (DDPM), or `logit-normal` (Esser et al. 2024, section 3.1)."""
-        u = draw(torch.rand, B, *shape) if kind == "uniform" else draw(torch.randn, B, *shape).sigmoid()
+        u = draw(torch.rand, B, *shape) if kind == "uniform" else (draw(torch.randn, B, *shape) + mean).sigmoid()
         return (u * len(self.abar)).long().clamp(max=len(self.abar) - 1)
 
     def loss(self, x0, condition, t, noise):

@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from common import (InputError, OneLineParser, command_line, join_processes, load_checkpoint, peak_memory, pick_device,
                     rank_and_world, write_atomically)
+from count import count_work
 from data import digest, reading
-from far import (LAYOUTS, PRESETS, SAMPLERS, FARConfig, check_bands, default_bands, guidance_weights, linear_steps,
-                 sampling_defaults)
+from diffusion import SAMPLERS
+from far import LAYOUTS, PRESETS, FARConfig, check_bands, default_bands, sampling_defaults
 from mar import make_model
 from published import load_published_far
 from text import WORD_BYTES, encode, load_encoder
@@ -258,16 +259,6 @@ def save_gif(path, ladder, columns):
 def save_npz(path, images, labels):
     """Images as the field's evaluators read them: arr_0 (N, H, W, 3) uint8, and the labels as arr_1."""
     write_atomically(path, lambda file: np.savez(file, arr_0=to_rgb(images), arr_1=labels.numpy()))
-
-
-def count_work(cfg, bands, steps, cfg_scale):
-    """Calls of the head (tokens x steps x branches) and tokens through the transformer, per image, of one way of sampling."""
-    L = len(bands)
-    n_tokens = [k * k if cfg.grid == "band" else cfg.latent_size ** 2 for k in bands]
-    weights = guidance_weights(cfg.guidance, cfg_scale, L)
-    calls = sum(n * s * (1 + (w != 1)) for n, s, w in zip(n_tokens, linear_steps(*steps, L), weights))
-    tokens = sum(n_tokens) + cfg.n_cond * (1 if cfg.context == "all" else L)
-    return calls, tokens * (1 + any(w != 1 for w in weights))
 
 
 def time_sampling(job):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import ablate
-from far import count_flops
+from count import count_flops
 from mar import make_model
 
 FASHION = SimpleNamespace(size=32, channels=1, n_class=10)

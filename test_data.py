@@ -107,6 +107,9 @@ def test_captions_say_what_the_scene_shows():
             assert ("above" in text) == (abs(down) > abs(across) and down < 0)
             assert ("below" in text) == (abs(down) > abs(across) and down > 0)
             assert max(abs(across), abs(down)) > 2 * min(abs(across), abs(down)), "the direction is ambiguous"
+        for thing in objects if truth["say_place"] else ():
+            side = data.SIDES[truth["say_place"]][thing[truth["say_place"]] > 0.5]
+            assert f"{data.kind_of(thing)} {side}" in text
         if "large" in text:
             assert max(thing["radius"] for thing in objects) >= data.SIZES["large"][0]
         if "small" in text:
@@ -119,12 +122,13 @@ def test_a_caption_reads_as_english():
         return dict(color=color, shape=shape, x=x, y=0.5, radius=radius)
 
     pair = [thing("red", "triangle", 0.2, 0.165), thing("blue", "circle", 0.7, 0.22)]
-    truth = dict(task="position", objects=pair, background="grey", say_size=True, say_background=True)
+    truth = dict(task="position", objects=pair, background="grey", say_size=True, say_background=True, say_place=None)
     assert data.caption(truth) == "a small red triangle left of a large blue circle on a grey background"
-    truth = dict(task="two", objects=pair, background="grey", say_size=False, say_background=False)
+    truth = dict(task="two", objects=pair, background="grey", say_size=False, say_background=False, say_place=None)
     assert data.caption(truth) == "a red triangle and a blue circle"
+    assert data.caption(dict(truth, say_place="x")) == "a red triangle on the left and a blue circle on the right"
     stars = [thing("green", "star", x, 0.195) for x in (0.2, 0.5, 0.8)]
-    truth = dict(task="counting", objects=stars, background="black", say_size=True, say_background=True)
+    truth = dict(task="counting", objects=stars, background="black", say_size=True, say_background=True, say_place=None)
     assert data.caption(truth) == "three green stars on a black background"
 
 

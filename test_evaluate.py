@@ -13,7 +13,7 @@ from PIL import Image
 import evaluate
 import sample as sample_py
 from common import InputError, command_line
-from evaluate import (InceptionFeatures, extract, feature_statistics, frechet_distance, inception_score,
+from evaluate import (InceptionFeatures, feature_statistics, frechet_distance, inception_score,
                       precision_recall, read_arrays, reference_of, score, to_images, write_samples)
 from far import FARConfig
 

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 
 import far
 from common import InputError, load_checkpoint, previous, save_checkpoint, write_atomically
+from count import count_flops, count_parameters
 from diffusion import SAMPLERS, Chain, DiffusionHead, alphas_cumprod, n_noise, sampling_times
-from far import (FAR, LAYOUTS, PRESETS, FARConfig, Randomness, band_causal_mask, default_bands, lowpass, lowpass_matrices,
+from far import (FAR, LAYOUTS, FARConfig, Randomness, band_causal_mask, default_bands, lowpass, lowpass_matrices,
                  mask_ratio, paper_sampling_bands)
 from mar import make_model
 from published import load_published_far, our_name
@@ -471,9 +472,9 @@ def test_an_epoch_shows_every_image_once():
 
 
 def test_the_presets_have_the_parameters_of_the_paper():
-    counts = {name: [round(v / 1e6, 1) for v in far.count_parameters(name)] for name in ("far_b", "far_l", "far_h")}
+    counts = {name: [round(v / 1e6, 1) for v in count_parameters(name)] for name in ("far_b", "far_l", "far_h")}
     assert counts["far_b"] == [207.9, 35.8] and counts["far_l"][0] == 426.4 and counts["far_h"][0] == 811.7
-    assert round(far.count_parameters("far_l", head_width=1536)[0] / 1e6, 2) == 450.65
+    assert round(count_parameters("far_l", head_width=1536)[0] / 1e6, 2) == 450.65
 
 
 @pytest.mark.parametrize("layout,head_attention", [("band", 0), ("band", 2), ("paper", 0)])
@@ -483,12 +484,12 @@ def test_flops_are_those_that_torch_counts(layout, head_attention):
     model = small(layout, width=64, head_width=64, n_cond=4, head_attention=head_attention).train()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):      # as matrix products, which are counted
         model(torch.randn(8, 4, 8, 8), Randomness(0, 0), torch.zeros(8, dtype=torch.long))[0].backward()
-    assert abs(sum(far.count_flops(model.cfg)[:2]) / (counter.get_total_flops() / 8) - 1) < 0.06, "the first layers have less backward"
+    assert abs(sum(count_flops(model.cfg)[:2]) / (counter.get_total_flops() / 8) - 1) < 0.06, "the first layers have less backward"
     model.eval()
     settings = dict(far.sampling_defaults(model.cfg), cfg_scale=2.0)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.sample(torch.zeros(8, dtype=torch.long), **settings)
-    assert abs(sum(far.count_flops(model.cfg, settings)[:2]) / (counter.get_total_flops() / 8) - 1) < 0.01
+    assert abs(sum(count_flops(model.cfg, settings)[:2]) / (counter.get_total_flops() / 8) - 1) < 0.01
 
 
 def test_flops_of_random_ladders_are_the_mean_over_steps():
@@ -499,7 +500,7 @@ def test_flops_of_random_ladders_are_the_mean_over_steps():
         with FlopCounterMode(display=False) as counter:
             for step in range(steps):
                 model(torch.randn(2, 4, 8, 8), Randomness(0, step), torch.zeros(2, dtype=torch.long))[0].backward()
-        counted.append(sum(far.count_flops(model.cfg)[:2]))
+        counted.append(sum(count_flops(model.cfg)[:2]))
         seen.append(counter.get_total_flops() / steps)
     assert counted[0] / counted[1] == pytest.approx(seen[0] / seen[1], rel=0.05) and counted[0] < 0.9 * counted[1]
 

@@ -11,14 +11,12 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import tracemalloc
-from types import SimpleNamespace
 
 import numpy as np
 import pytest

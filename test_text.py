@@ -18,6 +18,7 @@ import far
 import geneval
 import text
 from common import InputError, load_checkpoint
+from count import count_parameters
 from data import COLORS, HELD_OUT, caption, load_data, render, scene
 from far import LAYOUTS, CrossAttention, Randomness
 from mar import make_model
@@ -134,7 +135,7 @@ def test_the_baseline_takes_text_too(kind, order):
 
 
 def test_far_t2i_has_about_the_parameters_that_are_reported():
-    total, head = far.count_parameters("far_t2i")
+    total, head = count_parameters("far_t2i")
     assert [round(v / 1e6, 1) for v in (total, head)] == [561.3, 20.3]   # the authors report 564M
     cfg = far.FARConfig(**{**far.PRESETS["far_t2i"], "latent_size": 8})
     assert (cfg.depth, cfg.width, cfg.n_head, cfg.head_depth, cfg.head_width, cfg.text_dim) == (16, 1024, 16, 3, 1024, 1536)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (InputError, OneLineParser, barrier, check_fields, command_line, load_checkpoint, loader_threads, pick_device,
-                    prefetch, rank_and_world, save_checkpoint, write_atomically)
+                    prefetch, rank_and_world, save_checkpoint)
 from data import load_data, reading
 from far import both_axes, lowpass_matrices
 
