@@ -216,6 +216,13 @@ def test_the_variational_term_does_not_move_the_mean():
     assert (head.output.weight.grad[:4] == 0).all() and (head.output.weight.grad[4:] != 0).any()
 
 
+def test_training_times_of_a_higher_mean_have_more_noise():
+    head, draw = DiffusionHead(1, 2, 8, 1), lambda kind, *shape: kind(*shape)
+    middle, late = (head.draw_times("logit-normal", draw, 4000, mean=mean).float() for mean in (0.0, 1.0))
+    assert 480 < middle.mean() < 520 and 670 < late.mean() < 730
+    assert 0 <= late.min() and late.max() <= 999
+
+
 @pytest.mark.parametrize("n_head,least,most", [(0, 0.3, 0.7), (2, 0.95, 1.0)])
 def test_a_head_with_attention_draws_the_tokens_of_a_band_jointly(n_head, least, most):
     """Two tokens of one sign, either: with attention the draws agree, without it each tosses its own coin."""

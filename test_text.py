@@ -134,6 +134,16 @@ def test_the_baseline_takes_text_too(kind, order):
     assert torch.allclose(*images, atol=1e-4)
 
 
+def test_places_of_the_small_text_model_differ_from_the_start_on_every_grid():
+    """From 0.02 neither places nor the words for them are learnt: each is of use only with the other."""
+    cfg = far.FARConfig(latent_size=4, latent_dim=8, bands=(1, 2, 4), **{**far.PRESETS["far_tiny_t2i"], **LAYOUTS["band"]})
+    model = far.FAR(cfg)
+    for table in (model.encoder_pos, model.decoder_pos):
+        for k in (2, 4):
+            assert model.positions(table[:, cfg.n_cond:], [(1, k)]).std() > 0.7, "as large as a token, about 1"
+    assert model.text_encoder.word_pos.std() > 0.7
+
+
 def test_far_t2i_has_about_the_parameters_that_are_reported():
     total, head = count_parameters("far_t2i")
     assert [round(v / 1e6, 1) for v in (total, head)] == [561.3, 20.3]   # the authors report 564M

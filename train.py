@@ -93,7 +93,7 @@ RECIPES = {
     "far_tiny": dict(steps=4500, warmup=100, batch=32, lr=1e-2, cosine=True, muon=True),
     "far_s": dict(steps=100_000, warmup=1000, batch=128, lr=5e-4, cosine=True),
     "far_t2i": dict(PAPER, epochs=100, ema=0.99),
-    "far_tiny_t2i": dict(steps=2400, warmup=100, batch=128, lr=8e-3, cosine=True, muon=True),
+    "far_tiny_t2i": dict(steps=2000, warmup=100, batch=128, lr=8e-3, cosine=True, muon=True),
 }
 
 
