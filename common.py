@@ -55,6 +55,13 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see python {self.prog} --help)\n")
 
 
+def seed_number(text):
+    """The value of --seed: a whole number from 0 to a billion, for steps and images count on from a million times it."""
+    if not (text.isascii() and text.isdigit() and int(text) <= 10 ** 9):
+        raise argparse.ArgumentTypeError(f"a whole number from 0 to 1000000000, not {text!r}")
+    return int(text)
+
+
 def pick_device(name=None):
     """The device by name, or the best there is: cuda, else mps, else cpu. Raises InputError for one that is not there."""
     if name is None:

@@ -148,14 +148,15 @@ class DiffusionHead(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
         for linear in [block.modulation for block in self.blocks] + [self.modulation, self.output]:
             nn.init.zeros_(linear.weight)                # every block starts as the identity, the output as zero
-        self.register_buffer("abar", alphas_cumprod(schedule, T), persistent=False)
+        self.abar = alphas_cumprod(schedule, T)          # float64, and so on the CPU: mps has none
         self.chains = {}                                 # (steps, device) -> Chain
 
     def chain(self, times=None):
         """The chain with these steps (all by default), its tables on the head's device."""
-        key = (None if times is None else tuple(times.tolist()), self.abar.device)
+        device = self.level.weight.device
+        key = (None if times is None else tuple(times.tolist()), device)
         if key not in self.chains:
-            self.chains[key] = Chain(self.abar, times, self.abar.device)
+            self.chains[key] = Chain(self.abar, times, device)
         return self.chains[key]
 
     def condition(self, z, level):

@@ -29,12 +29,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (InputError, OneLineParser, command_line, join_processes, load_checkpoint, pick_device,
-                    save_checkpoint, write_atomically)
+                    save_checkpoint, seed_number, write_atomically)
 from data import find_images, load_data, reading, to_rgb
 from geneval import PUBLISHED, geneval, table, validate
 from far import sampling_defaults
 from sample import CHUNK, generate, load_run, sample_in_chunks, sampling_settings, whole_numbers
-from tokenizer import load_exactly, reconstruct, to_unit
+from tokenizer import autocast, load_exactly, reconstruct, to_unit
 
 # A TorchScript copy of TensorFlow's 2015 Inception graph, published with StyleGAN2-ADA. It takes RGB images
 # of 0..255 and resizes them to 299 px by itself, the way the first FID code did: do not resize them before.
@@ -409,30 +409,32 @@ def sample_run(args, run, folder):
 
 
 @torch.inference_mode()
-def band_variances(run, test, n=1000, seed=0, **sampling):
+def band_variances(run, test, n=1000, seed=0, batch=CHUNK, **sampling):
     """
     For every band, the variance of sampled x^l over that of real images' x^l: below 1, the band varies too little.
     run from sample.load_run, test a data set; `sampling` goes to FAR.sample. -> list of floats, one a band.
     """
     model, indices = run.model, torch.arange(min(n, len(test)))
     real, made = [], []
-    for part in tqdm(indices.split(250), desc="band variances", disable=None, leave=False):
-        x = run.tokenizer.latent_scale * run.tokenizer.encode(to_unit(test.batch(part).to(run.device)))[0]
-        real.append([model.show_band(model.band(x, k), k) for k in sampling["bands"]])
+    for part in tqdm(indices.split(batch), desc="band variances", disable=None, leave=False):
         labels = test.labels[part].to(run.device)
-        made.append(model.sample(labels, seed=seed, first=int(part[0]), **sampling))
+        with autocast(run.device, run.dtype):
+            x = run.tokenizer.latent_scale * run.tokenizer.encode(to_unit(test.batch(part).to(run.device)))[0].float()
+            made.append(model.sample(labels, seed=seed, first=int(part[0]), **sampling))
+        real.append([model.show_band(model.band(x, k), k) for k in sampling["bands"]])
     return [(torch.cat(m).var() / torch.cat(r).var()).item() for m, r in zip(zip(*made), zip(*real))]
 
 
 def load_and_sample(args, device):
     """For --ckpt: images, labels, images per second, the run's data set, and how it was sampled (dicts)."""
-    run = load_run(args.ckpt, device, ema=not args.no_ema)
+    run = load_run(args.ckpt, device, not args.no_ema, args.tokenizer)
     if run.model.cfg.text_dim:
         raise InputError(f"{args.ckpt} makes images from text: use --geneval; the scores here are for models of classes")
     args.sampling = sampling_settings(args, run.model.cfg)
     settings = dict(args.sampling, seed=args.seed, no_ema=args.no_ema)
     file = os.path.join(args.ckpt, "far.pt") if os.path.isdir(args.ckpt) else args.ckpt
-    hashes = [file_hash(path) for path in (file, os.path.join(os.path.dirname(file), "tokenizer.pt"))]
+    tokenizer = args.tokenizer or os.path.join(os.path.dirname(file), "tokenizer.pt")
+    hashes = [file_hash(path) for path in (file, tokenizer)]
     key = hashlib.sha256(f"{hashes} {settings}".encode()).hexdigest()[:12]   # new weights, new key
     folder = os.path.join(os.path.dirname(file), "evaluation", key)
     images, labels, rate = sample_run(args, run, folder)
@@ -532,6 +534,7 @@ def get_args():
     parser = OneLineParser(prog="evaluate.py", description=__doc__.split("\n\n")[0].strip())
     # what to score
     parser.add_argument("--ckpt", help="run folder, or checkpoint, to sample from")
+    parser.add_argument("--tokenizer", help="tokenizer.pt or kl16.ckpt, if it does not lie beside the checkpoint")
     parser.add_argument("--samples", help="score these images instead: .npz (arr_0, labels arr_1) or folder")
     parser.add_argument("--data", help="data set the images are like; default: the run's")
     parser.add_argument("--size", type=int, help="its pixels per side; default: the run's, or the set's own")
@@ -554,7 +557,7 @@ def get_args():
     parser.add_argument("--sampler", help="of the diffusion head: ddpm, ddim or dpmpp; default: the model's")
     parser.add_argument("--bands", type=whole_numbers, help="ladder, such as 1,2,4,8; default: the run's")
     parser.add_argument("--ar-steps", type=int, help="autoregressive steps, for the baseline of mar.py")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (%(default)s)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed of the noise (%(default)s)")
     parser.add_argument("--no-ema", action="store_true", help="use the raw weights, not their average")
     parser.add_argument("--batch", type=int, default=CHUNK, help="images made at once (%(default)s at most)")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
@@ -608,8 +611,8 @@ def evaluate(args):
         rows["real test images"] = dict(score(real, real.labels, network, reference), images_per_second=None)
     right = "" if network.accuracy is None else f", {network.accuracy:.1%} right on test images"
     n = reference["features"] is not None and min(len(images), len(reference["features"]))
-    if run and test and run.model.cfg.order == "frequency":
-        rows["generated"]["band_variances"] = band_variances(run, test, seed=args.seed, **args.sampling)
+    if run and test and run.model.cfg.order == "frequency" and test.n_class <= run.model.cfg.n_class:
+        rows["generated"]["band_variances"] = band_variances(run, test, seed=args.seed, batch=args.batch, **args.sampling)
     return rows, {"features": f"{network.name}, {len(reference['mu'])} numbers{right}", "reference": origin,
                   "precision, recall": f"k = 3, {n} images against {n}" if n else "need reference images",
                   "samples": sampling}, network
@@ -619,7 +622,7 @@ def run_geneval(args):
     """--geneval: the table, or with --json one JSON object. Process 0 does it alone: the pictures are few."""
     if int(os.environ.get("RANK", 0)):
         return
-    run = load_run(args.ckpt, pick_device(args.device), ema=not args.no_ema)
+    run = load_run(args.ckpt, pick_device(args.device), not args.no_ema, args.tokenizer)
     if not run.model.cfg.text_dim:
         raise InputError(f"{args.ckpt} draws classes: --geneval is for models trained on text")
     sampling = sampling_settings(args, run.model.cfg)

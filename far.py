@@ -106,8 +106,14 @@ class FARConfig:
             raise ValueError("target full (the head learns the unfiltered x) needs grid full")
         if self.head_attention and (self.head_width % self.head_attention or self.order != "frequency"):
             raise ValueError("head_attention needs a head_width that is a multiple of it, and the frequency order")
-        if self.n_class < 1:
-            raise ValueError(f"n_class must be at least 1, not {self.n_class}")
+        if self.n_class < 1 or self.noise_levels < 1:
+            raise ValueError(f"n_class and noise_levels must be at least 1, not {self.n_class} and {self.noise_levels}")
+        if not (0 <= self.dropout < 1 and 0 <= self.label_drop < 1):
+            raise ValueError(f"dropout and label_drop must be from 0 to below 1, not {self.dropout} and {self.label_drop}")
+        if not (0 <= self.input_noise < math.inf and 0 <= self.pos_std < math.inf and math.isfinite(self.times_mean)):
+            raise ValueError("input_noise and pos_std must be 0 or more, times_mean any number")
+        if self.order != "frequency" and not (self.grid == self.target == "full" and self.bands == (self.latent_size,)):
+            raise ValueError("random and raster order need grid full, target full and one band, the whole grid")
 
 
 def check_bands(bands, latent_size):
@@ -183,7 +189,7 @@ MASKS = ("none", "linear", "truncnorm")
 def mask_ratio(kind, k_in, size, u):
     """
     Share of a band's tokens that is hidden from the encoder. `linear` (article): 0.7 for the lowest band down to 0 for
-    the highest. `truncnorm` (released code): normal, mean 1, std 0.25, cut to [0.7 k/H, 1]; u in [0, 1) picks the quantile.
+    one whose input keeps all but one frequency, which in the paper's list is the highest. `truncnorm` (released code): normal, mean 1, std 0.25, cut to [0.7 k/H, 1]; u in [0, 1) picks the quantile.
     """
     if kind == "linear":
         return 0.7 * (1 - k_in / max(size - 1, 1)) if k_in < size else 0.0
@@ -307,6 +313,10 @@ class Randomness:
         """kind: torch.rand or torch.randn -> (n, *shape), this rank's rows of (world n, *shape)."""
         everyone = kind(self.world * n, *shape, generator=self.generator, device=self.generator.device)
         return everyone[self.rank * n:(self.rank + 1) * n]
+
+    def shared(self, kind, *shape):
+        """kind(*shape) on the CPU, the same numbers on every rank."""
+        return kind(*shape, generator=self.generator, device=self.generator.device).cpu()
 
 
 class FAR(nn.Module):
@@ -489,7 +499,7 @@ class FAR(nn.Module):
         cfg, B, L = self.cfg, len(x), len(self.cfg.bands)
         rungs = torch.arange(L)
         if cfg.ladder == "random":
-            rungs = ((draw(torch.rand, 1, L)[0].cpu() < 0.5) | (rungs == L - 1)).nonzero()[:, 0]
+            rungs = ((draw.shared(torch.rand, L) < 0.5) | (rungs == L - 1)).nonzero()[:, 0]
         k_out = torch.tensor(cfg.bands)[rungs]
         k_in = torch.cat([torch.zeros(1, dtype=torch.long), k_out[:-1]])
         drop = draw(torch.rand, B) < cfg.label_drop
@@ -500,7 +510,7 @@ class FAR(nn.Module):
             pick = (draw(torch.rand, B, 1).cpu() * L).long()
             bands = [(k_in[pick[:, 0]].to(x.device), k_out[pick[:, 0]].to(x.device))]
         else:                                            # tokens of a batch must stand on one grid: one band for all
-            pick = (draw(torch.rand, 1)[:1].cpu() * L).long().expand(B, 1)
+            pick = (draw.shared(torch.rand, 1) * L).long().expand(B, 1)
             bands = [(int(k_in[pick[0, 0]]), int(k_out[pick[0, 0]]))]
 
         inputs, targets = [], []

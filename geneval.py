@@ -241,6 +241,8 @@ def main():
     parser.add_argument("--n", type=int, default=500, help="drawings per category")
     parser.add_argument("--size", type=int, default=32, help="pixels per side")
     args = parser.parse_args()
+    if args.n < 1 or args.size < 8:
+        parser.error("--n must be at least 1, --size at least 8")
     print(f"{args.n} real drawings of {args.size} px per category:  accepted with the true prompt, with a wrong one")
     for category, (right, wrong) in validate(args.n, args.size).items():
         print(f"{category:20}{right:8.1%}{wrong:8.1%}")

@@ -15,7 +15,7 @@ def orthogonalise(g, steps=5):
     """
     About U V^T of each matrix g = U S V^T, (n, a, b), without computing its singular values: Newton-Schulz iterations
     x <- c0 x + c1 (x x^T) x + c2 (x x^T)^2 x with Jordan's coefficients, which take the singular values to between 0.7
-    and 1.2, those below a thousandth of the norm excepted.
+    and 1.2, those below 1/500 of the norm excepted.
     """
     tall = g.shape[1] > g.shape[2]
     x = (g.mT if tall else g).contiguous()                               # (n, short, long): x x^T is the small product

@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (InputError, OneLineParser, command_line, join_processes, load_checkpoint, peak_memory, pick_device,
-                    rank_and_world, write_atomically)
+                    rank_and_world, seed_number, write_atomically)
 from count import count_work
 from data import digest, reading
 from diffusion import SAMPLERS
@@ -365,7 +365,7 @@ def get_args():
     add("--prompt", nargs="+", metavar="TEXT", help="what a model trained on text shall draw; @FILE holds one prompt a line")
     add("--interactive", action="store_true", help="type prompts one after the other; each gets a picture of --n images (8)")
     add("--n", type=int, help="how many images, the classes or prompts in turn; by default 4 of each")
-    add("--seed", type=int, default=0, help="of the noise")
+    add("--seed", type=seed_number, default=0, help="of the noise")
     # how
     add("--cfg", type=float, help="guidance, rising from 1 at the lowest band; 1 is none; by default the model's")
     add("--steps", type=whole_numbers, help="diffusion steps of every band, or of the lowest and the highest: 10 or 40,100")
@@ -397,14 +397,14 @@ def main():
     run = load_run(args.ckpt, device, not args.no_ema, args.tokenizer)
     run.dtype = args.dtype or run.dtype
     settings = sampling_settings(args, run.model.cfg)
+    if (args.n is not None and args.n < 1) or args.batch < 1:
+        raise InputError("--n and --batch must be at least 1")
     if args.interactive:
         return None if rank else interactive(args, run, settings)
     if (args.prompt and not run.model.cfg.text_dim) or (args.classes and run.model.cfg.text_dim):
         raise InputError("this model draws " + ("from text: use --prompt" if args.classes else "classes: use --classes"))
     classes = read_prompts(args.prompt) or args.classes or columns_of(run)
     n = args.n if args.n is not None else 4 * len(classes)
-    if n < 1 or args.batch < 1:
-        raise InputError("--n and --batch must be at least 1")
     if args.classes and not all(0 <= c < run.model.cfg.n_class for c in classes):
         raise InputError(f"--classes: the model has classes 0 to {run.model.cfg.n_class - 1}")
     shown, out = conditions(run, classes, n), args.out or default_out(args)

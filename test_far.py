@@ -432,6 +432,8 @@ def test_schedules_over_the_bands():
 def test_two_ranks_together_draw_what_one_process_draws():
     one = Randomness(5, 7)(torch.randn, 8, 3)
     two = [Randomness(5, 7, rank=r, world=2)(torch.randn, 4, 3) for r in (0, 1)]
+    one, *ranks = [Randomness(5, 7, rank=r, world=w).shared(torch.rand, 3) for r, w in ((0, 1), (0, 2), (1, 2))]
+    assert all(torch.equal(numbers, one) for numbers in ranks), "which bands a step trains is the same everywhere"
     assert torch.equal(one, torch.cat(two))
 
 
@@ -931,6 +933,12 @@ BAD_TRAIN = {
     "bands": (["--set", "bands=1,2,3"], "end at"), "batch": (["--batch", "0"], "positive"),
     "eval": (["--eval-every", "0"], "at least 1"), "ladder": (["--layout", "paper", "--set", "ladder=random"], "context all"),
     "no tokenizer file": (["--tokenizer", "nothing.pt"], "no file"), "device": (["--device", "cuda:7"], "--device cuda:7"),
+    "save": (["--save-every", "0"], "--save-every"), "tokenizer steps": (["--tokenizer-steps", "0"], "--tokenizer-steps"),
+    "seed": (["--seed", "-1"], "--seed"), "large seed": (["--seed", "99999999999999"], "--seed"),
+    "what the data says": (["--set", "n_class=3"], "n_class follows"), "levels": (["--set", "noise_levels=0"], "noise_levels"),
+    "probability": (["--set", "label_drop=2"], "label_drop"), "noise": (["--set", "input_noise=-1"], "input_noise"),
+    "not a number": (["--set", "times_mean=nan"], "times_mean"), "a file": (["--out", os.path.join(HERE, "far.py")], "not a folder"),
+    "bands of the baseline": (["--layout", "random", "--set", "bands=2,4"], "one band"),
 }
 
 
@@ -973,6 +981,7 @@ BAD_SAMPLE = {
     "classes": (["--classes", "0,2"], "classes 0 to 1"), "bands": (["--bands", "1,2"], "--bands"), "sampler": (["--sampler", "euler"], "dpmpp"),
     "steps": (["--steps", "0"], "--steps"), "number": (["--classes", "a"], "--classes"), "n": (["--n", "0"], "--n"),
     "nothing there": (["--ckpt", "nowhere"], "no file"), "tokenizer": (["--tokenizer", "nowhere.pt"], "no file"),
+    "batch": (["--interactive", "--batch", "0"], "--batch"),
 }
 
 
@@ -981,6 +990,28 @@ def test_bad_input_to_sample_is_one_line_and_exit_code_2(what, mini_run, cli):
     extra, word = BAD_SAMPLE[what]
     code, _, line = cli("sample", "--ckpt", mini_run, *extra)
     assert code == 2 and line.startswith("error: ") and word in line
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(mini, cli, tmp_path):
+    arguments, other = [*mini[1], "--steps", 4, "--save-every", 2, "--out", tmp_path / "run"], tmp_path / "other.pt"
+    assert cli("train", *arguments)[0] == 0
+    kept = (tmp_path / "run" / "tokenizer.pt").read_bytes()
+    assert cli("tokenizer", *mini[1][:6], "--stride", 4, "--steps", 2, "--seed", 1, "--out", other)[0] == 0
+    code, _, line = cli("train", *arguments, "--tokenizer", other)
+    assert code == 2 and "another tokenizer" in line
+    assert (tmp_path / "run" / "tokenizer.pt").read_bytes() == kept
+    assert cli("train", *arguments)[0] == 0
+
+
+@pytest.mark.parametrize("model", ["far_b", "far_l", "far_h", "far_t2i", "far_s", "far_nano"])
+def test_every_preset_has_a_recipe_without_further_flags(model):
+    """The paper's are in epochs: 400 of ImageNet in batches of 1024, 100 of them warm-up; lr 1e-4 for 256 images."""
+    import train
+    args = argparse.Namespace(model=model, steps=None, batch=None, lr=None, accum=2)
+    recipe = train.make_recipe(args, 1_281_167, 8)
+    assert recipe["steps"] >= 1000 and 0 < recipe["lr"] <= 1e-2
+    if model == "far_b":
+        assert (recipe["steps"], recipe["warmup"], recipe["lr"]) == (400 * 1251, 100 * 1251, pytest.approx(4e-4))
 
 
 def test_guidance_is_refused_without_an_unconditional_branch(mini, cli, tmp_path):

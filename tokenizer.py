@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (InputError, OneLineParser, barrier, check_fields, command_line, load_checkpoint, loader_threads, pick_device,
-                    prefetch, rank_and_world, save_checkpoint)
+                    prefetch, rank_and_world, save_checkpoint, seed_number)
 from data import load_data, reading
 from far import both_axes, lowpass_matrices
 
@@ -510,11 +510,11 @@ def cache_latents(tokenizer, data, folder, device="cpu", dtype="fp32", batch=128
     """
     Encode the data set once: a float16 memory map (N, views, 2, C, H, H) of means and log-variances, `views` 2 where a
     mirrored image is as good (then the mirrored one is the second), else 1. Its name carries the fingerprints of data
-    and tokenizer, so a changed one is noticed. Memory does not grow with N. An interrupted caching continues, and several
+    and tokenizer and the arithmetic, so a changed one is noticed. Memory does not grow with N. An interrupted caching continues, and several
     processes share the work: parts of flush_every batches, each noted in a folder once it is on the disk.
     """
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, f"latents_{data.name}_{data.size}_{data.fingerprint}_{fingerprint(tokenizer)}.npy")
+    path = os.path.join(folder, f"latents_{data.name}_{data.size}_{data.fingerprint}_{fingerprint(tokenizer)}_{dtype}.npy")
     if os.path.exists(path):
         return np.load(path, mmap_mode="r")
     views, size = 2 if data.flip else 1, tokenizer.cfg.latent_size
@@ -575,7 +575,7 @@ def main():
     add("--batch", type=int, help="images per step; by default 32, 8 for the large network above 64 px")
     add("--lr", type=float, help="learning rate; by default 4e-3, 2e-4 for the large network above 64 px")
     add("--kl-weight", type=float, default=1e-2, help="of the divergence from a unit Gaussian, per pixel")
-    add("--seed", type=int, default=0, help="of weights, order and noise")
+    add("--seed", type=seed_number, default=0, help="of weights, order and noise")
     add("--device", help="cuda, mps or cpu; by default the best there is")
     add("--dtype", choices=("bf16", "fp32"), help="arithmetic of the network; by default the faster one here")
     add("--out", help="the file to write; by default where train.py looks for it, in the data folder")

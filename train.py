@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from common import (InputError, OneLineParser, barrier, command_line, first_process_first, join_processes, load_checkpoint,
-                    loader_threads, peak_memory, pick_device, previous, save_checkpoint, write_atomically)
+                    loader_threads, peak_memory, pick_device, previous, save_checkpoint, seed_number, write_atomically)
 from data import load_data, reading
 from evaluate import Judge, check_progress, draw_progress
 from far import LAYOUTS, PRESETS, FARConfig, Randomness, default_bands
@@ -38,8 +38,8 @@ from muon import Muon
 from sample import save_reconstructions, save_samples
 from text import encode, load_encoder, text_source
 from tokenizer import STEPS as TOKENIZER_STEPS
-from tokenizer import (autocast, cache_latents, default_config, epoch_indices, faster_dtype, held_out_psnr, is_trained,
-                       load_exactly, load_tokenizer, save_tokenizer, tokenizer_path, train_tokenizer)
+from tokenizer import (autocast, cache_latents, default_config, epoch_indices, faster_dtype, fingerprint, held_out_psnr,
+                       is_trained, load_exactly, load_tokenizer, save_tokenizer, tokenizer_path, train_tokenizer)
 
 
 def get_args():
@@ -68,7 +68,7 @@ def get_args():
     add("--batch", type=int, help="images per step on each device; by default the preset's")
     add("--accum", type=int, default=1, help="batches per optimizer step: less memory, same effective batch")
     add("--lr", type=float, help="learning rate; by default the preset's")
-    add("--seed", type=int, default=0, help="of weights, order and noise")
+    add("--seed", type=seed_number, default=0, help="of weights, order and noise")
     add("--device", help="cuda, mps or cpu; by default the best there is")
     add("--dtype", choices=("bf16", "fp32"), help="arithmetic of the networks; by default the faster one here")
     add("--compile", action="store_true", help="torch.compile the blocks: slower start, faster steps on a GPU")
@@ -110,6 +110,8 @@ def model_config(args, data, tokenizer_cfg, encoder=None):
     known = {f.name: f.type for f in fields(FARConfig)}
     for item in args.set:
         name, _, text = item.partition("=")
+        if name in ("latent_size", "latent_dim", "n_class", "text_dim", "byte_depth", "order"):
+            raise InputError(f"--set {item}: {name} follows from the data, the tokenizer, --text and --layout")
         if name not in known or not text:
             raise InputError(f"--set {item}: NAME=VALUE with NAME one of {', '.join(known)}")
         try:
@@ -154,7 +156,7 @@ def learning_rate(step, recipe):
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay=0.9999):
-    """Exponential moving average of the weights. A flat 0.9999 would be mostly initial noise for 100k steps, so it warms up."""
+    """Exponential moving average of the weights. A flat 0.9999 would be mostly initial noise for 7,000 steps, so it warms up."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
@@ -171,7 +173,7 @@ def make_recipe(args, n_images, world):
     """The training recipe as plain numbers: the preset's, with what the command line says instead. See RECIPES."""
     recipe = dict(RECIPES.get(args.model, PAPER))
     recipe.update({name: value for name in ("steps", "batch", "lr") if (value := getattr(args, name)) is not None})
-    if recipe["batch"] < 1 or args.accum < 1 or recipe["steps"] < 1 or not recipe["lr"] > 0:
+    if min(recipe["batch"], args.accum, recipe.get("steps", 1)) < 1 or not 0 < recipe["lr"] < math.inf:
         raise InputError("--steps, --batch, --accum and --lr must be positive")
     effective = recipe["batch"] * args.accum * world
     per_epoch = max(1, n_images // effective)
@@ -184,8 +186,8 @@ def make_recipe(args, n_images, world):
 
 def make_optimizer(model, lr, muon=False, bf16=False, weight_decay=0.02):
     """
-    AdamW as in MAR and FAR: no weight decay on biases, norms, single vectors and the diffusion head. With `muon` (see
-    muon.py) the matrices of all blocks, the head's too, take its steps, in `bf16` if that is the arithmetic.
+    AdamW as in FAR: no weight decay on biases, norms, single vectors and the diffusion head. With `muon` (see muon.py) the
+    matrices of all blocks, the head's too, take its steps, weight decay with them, in `bf16` if that is the arithmetic.
     """
     single = ("_pos", "mask_token", "null_cond", "null_text")
     hidden = ("encoder.", "decoder.", "head.blocks.", "text_encoder.blocks.")
@@ -271,6 +273,14 @@ def over_processes(value):
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
+
+
+def of_first_process(value):
+    """Process 0's value of a plain object, for all."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def means(sums):
@@ -360,8 +370,12 @@ def main():
         check_progress(args.eval_every, data, cfg)
     recipe = make_recipe(args, len(data), world)
     # a quick check of a model, --steps 2, gets a quick tokenizer; its file name carries its steps
-    tokenizer_steps = args.tokenizer_steps or min(TOKENIZER_STEPS, 10 * recipe["steps"])
+    tokenizer_steps = min(TOKENIZER_STEPS, 10 * recipe["steps"]) if args.tokenizer_steps is None else args.tokenizer_steps
+    if tokenizer_steps < 1 or args.save_every < 1:
+        raise InputError("--tokenizer-steps and --save-every must be at least 1")
     out = args.out or os.path.join("runs", f"{data.name}_{args.model}" + ("" if args.layout == "band" else f"_{args.layout}"))
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise InputError(f"--out {out} is a file, not a folder")
     os.makedirs(out, exist_ok=True)
     lock = lock_folder(out) if rank == 0 else None                       # held until the process ends
     effective = recipe["batch"] * args.accum * world
@@ -371,7 +385,7 @@ def main():
     path = os.path.join(out, "far.pt")
     before = resume_point(path, run, rank)
     start = before["step"] if before else 0
-    args.dtype = args.dtype or (before["dtype"] if before else faster_dtype(device))
+    args.dtype = of_first_process(args.dtype or (before["dtype"] if before else faster_dtype(device)))    # it is measured
     torch.manual_seed(args.seed)
     model = make_model(cfg).to(device)
     model.checkpoint_activations = args.checkpoint_activations
@@ -386,11 +400,15 @@ def main():
             still = make_optimizer(model, 0.0, recipe.get("muon"), args.dtype == "bf16")
             seconds = time_step(model, recipe["batch"], still, text)
             seconds *= args.accum * (recipe["steps"] - start)
+        del still
         say(f"a timed step says: about {duration(seconds)} for the training of the model on this CPU"
             + ("; far_nano and far_tiny are meant for CPUs" if seconds > 7200 else ""))
 
     tokenizer = tokenizer or get_tokenizer(args, data, tokenizer_cfg, tokenizer_steps, device, rank)
     tokenizer = tokenizer.to(device)
+    mark = fingerprint(tokenizer)
+    if before and before["data"].get("tokenizer", mark) != mark:
+        raise InputError(f"{out} was trained with another tokenizer than this one: give that one, or choose another --out")
     if rank == 0:
         save_tokenizer(os.path.join(out, "tokenizer.pt"), tokenizer)
     latents = cache_latents(tokenizer, data, args.data_dir, device, args.dtype)
@@ -415,12 +433,13 @@ def main():
             if rank == 0 and "sums" in before:
                 sums.copy_(before["sums"])
         say(f"continuing from step {start}")
+        before = None                                                    # as large as the model and its optimizer
     if args.compile:                                                     # alike blocks share one; the rest draws random numbers
         for block in [*model.encoder, *model.decoder, *model.head.blocks]:
             block.compile()
     step_model = torch.nn.parallel.DistributedDataParallel(model) if world > 1 and not args.fsdp else model
     about = dict(name=data.name, source=args.data, size=data.size, channels=data.channels, data_dir=args.data_dir,
-                 class_names=data.class_names)
+                 class_names=data.class_names, tokenizer=mark)
     if args.text:
         about.update(text=args.text if not os.path.isdir(args.text) else os.path.abspath(args.text),
                      text_dtype=encoder and encoder.dtype, text_fingerprint=encoder and encoder.fingerprint,
