@@ -19,6 +19,11 @@ def count_parameters(preset, **changes):
     return count(model), count(model.head)
 
 
+def band_tokens(cfg, bands):
+    """N_l, the tokens of every band: a list of ints."""
+    return [(k if cfg.grid == "band" else cfg.latent_size) ** 2 for k in bands]
+
+
 def count_flops(cfg, sampling=None):
     """
     Floating-point operations for one image, a multiplication and an addition being two: of training (the forward pass and
@@ -26,9 +31,9 @@ def count_flops(cfg, sampling=None):
     through the transformer. Counted are the matrix products of blocks and head; attention is counted without its mask.
     Text, its encoder and the attention to it are not counted.
     """
-    D, W, C, L = cfg.width, cfg.head_width, cfg.latent_dim, len(sampling["bands"] if sampling else cfg.bands)
-    side = lambda k: k if cfg.grid == "band" else cfg.latent_size
-    n_tokens = [side(k) ** 2 for k in (sampling["bands"] if sampling else cfg.bands)]                # N_l of every band
+    D, W, C = cfg.width, cfg.head_width, cfg.latent_dim
+    n_tokens = band_tokens(cfg, sampling["bands"] if sampling else cfg.bands)
+    L = len(n_tokens)
     block = lambda n, seen: n * (24 * D * D + 4 * seen * D)              # qkv, proj and MLP; scores and values of `seen` tokens
     cond = 2 * D * W                                                     # of the head, once per token
     call = 6 * C * W + (10 * cfg.head_depth + 4) * W * W                 # once per token and noise level: in, out, MLPs, adaLN
@@ -54,14 +59,12 @@ def count_flops(cfg, sampling=None):
     return transformer, head, tokens
 
 
-def count_work(cfg, bands, steps, cfg_scale):
-    """Calls of the head (tokens x steps x branches) and tokens through the transformer, per image, of one way of sampling."""
-    L = len(bands)
-    n_tokens = [k * k if cfg.grid == "band" else cfg.latent_size ** 2 for k in bands]
-    weights = guidance_weights(cfg.guidance, cfg_scale, L)
-    calls = sum(n * s * (1 + (w != 1)) for n, s, w in zip(n_tokens, linear_steps(*steps, L), weights))
-    tokens = sum(n_tokens) + cfg.n_cond * (1 if cfg.context == "all" else L)
-    return calls, tokens * (1 + any(w != 1 for w in weights))
+def count_calls(cfg, sampling):
+    """Calls of the head for one image, tokens x steps x branches, of sampling with these settings."""
+    n_tokens = band_tokens(cfg, sampling["bands"])
+    steps = linear_steps(*sampling["steps"], len(n_tokens))
+    weights = guidance_weights(cfg.guidance, sampling["cfg_scale"], len(n_tokens))
+    return sum(n * s * (1 + (w != 1)) for n, s, w in zip(n_tokens, steps, weights))
 
 
 if __name__ == "__main__":

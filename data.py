@@ -81,7 +81,8 @@ def scene(seed, index, captioned=False, task=None, held_out=None):
 
     captioned=False: objects[0] is clearly the largest and is KINDS[index % 24]; up to two small ones too.
     captioned=True: one to three objects of like sizes, for `task` "single", "two", "position" or "counting"
-    (None: any, places twice as often). held_out: True, a HELD_OUT pair is in it (for tasks of two); False, never; None, as it comes.
+    (None: any, "position" twice as often). held_out: True, a HELD_OUT pair is in it (for tasks of two); False, never;
+    None, as it comes.
     """
     rng = random.Random(f"{seed} {index}")
     objects = None

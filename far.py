@@ -188,8 +188,9 @@ MASKS = ("none", "linear", "truncnorm")
 
 def mask_ratio(kind, k_in, size, u):
     """
-    Share of a band's tokens that is hidden from the encoder. `linear` (article): 0.7 for the lowest band down to 0 for
-    one whose input keeps all but one frequency, which in the paper's list is the highest. `truncnorm` (released code): normal, mean 1, std 0.25, cut to [0.7 k/H, 1]; u in [0, 1) picks the quantile.
+    Share of a band's tokens that is hidden from the encoder. `linear` (article): 0.7 for the lowest band down to 0 for one
+    whose input keeps all but one frequency, the highest of the paper's list. `truncnorm` (released code): normal, mean 1,
+    std 0.25, cut to [0.7 k/H, 1]; u in [0, 1) picks the quantile.
     """
     if kind == "linear":
         return 0.7 * (1 - k_in / max(size - 1, 1)) if k_in < size else 0.0

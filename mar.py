@@ -38,7 +38,7 @@ class MAR(FAR):
         hidden = self.ranks(draw(torch.rand, B, N)) >= N - (share * N).ceil().clamp(min=1)       # (B, N)
         z = self.transformer([x], [whole], self.condition(labels, text, drop), hidden)[hidden]   # (M, D)
         condition = self.head.condition(z, z.new_zeros(1, 1))[:, None].expand(-1, r, -1)         # (M, r, W)
-        t = self.head.draw_times(cfg.times, draw, B, N, r, mean=cfg.times_mean)[hidden]                               # (M, r)
+        t = self.head.draw_times(cfg.times, draw, B, N, r, mean=cfg.times_mean)[hidden]        # (M, r)
         target = x.flatten(2).mT[hidden][:, None].expand(-1, r, -1)                              # (M, r, C)
         mse, bits = self.head.loss(target, condition, t, draw(torch.randn, B, N, r, C)[hidden])
         return (mse + bits).mean(), mse.detach().mean()[None]

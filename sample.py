@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common import (InputError, OneLineParser, command_line, join_processes, load_checkpoint, peak_memory, pick_device,
                     rank_and_world, seed_number, write_atomically)
-from count import count_work
+from count import count_calls, count_flops
 from data import digest, reading
 from diffusion import SAMPLERS
 from far import LAYOUTS, PRESETS, FARConfig, check_bands, default_bands, sampling_defaults
@@ -308,7 +308,7 @@ def benchmark(args):
             with get_context("spawn").Pool(1) as pool:
                 seconds, memory = pool.apply(time_sampling, (job,))
             first = first or seconds
-            calls, tokens = count_work(model_cfg, settings["bands"], settings["steps"], settings["cfg_scale"])
+            calls, tokens = count_calls(model_cfg, settings), count_flops(model_cfg, settings)[2]
             print(f"| {layout} | {sampler} | {' to '.join(map(str, dict.fromkeys(steps)))} "
                   f"| {','.join(map(str, settings['bands']))} | {dtype} | {calls:,} | {tokens:,} | {n / seconds:.3g} "
                   f"| {first / seconds:.1f} | {memory:.0f} |", flush=True)

@@ -64,7 +64,7 @@ class ByteEncoder(nn.Module):
     def __init__(self, width, blocks):
         super().__init__()
         self.byte_embed = nn.Embedding(WORD_BYTES * 256, width)
-        self.word_pos = nn.Parameter(torch.randn(1, MOST_WORDS + 1, width))     # as large as the words: see FAR
+        self.word_pos = nn.Parameter(torch.randn(1, MOST_WORDS + 1, width))     # as large as words: see far_tiny_t2i in far.py
         self.norm_in, self.blocks, self.norm = nn.LayerNorm(width), nn.ModuleList(blocks), nn.LayerNorm(width)
 
     def forward(self, tokens, visible):

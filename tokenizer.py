@@ -510,8 +510,9 @@ def cache_latents(tokenizer, data, folder, device="cpu", dtype="fp32", batch=128
     """
     Encode the data set once: a float16 memory map (N, views, 2, C, H, H) of means and log-variances, `views` 2 where a
     mirrored image is as good (then the mirrored one is the second), else 1. Its name carries the fingerprints of data
-    and tokenizer and the arithmetic, so a changed one is noticed. Memory does not grow with N. An interrupted caching continues, and several
-    processes share the work: parts of flush_every batches, each noted in a folder once it is on the disk.
+    and tokenizer and the arithmetic, so a changed one is noticed. Memory does not grow with N. An interrupted caching
+    continues, and several processes share the work: parts of flush_every batches, each noted in a folder once it is on the
+    disk.
     """
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"latents_{data.name}_{data.size}_{data.fingerprint}_{fingerprint(tokenizer)}_{dtype}.npy")

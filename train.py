@@ -397,10 +397,9 @@ def main():
     if device.type == "cpu" and rank == 0 and start < recipe["steps"]:
         with autocast(device, args.dtype):
             text = encode(encoder, [data.captions[i % len(data)] for i in range(recipe["batch"])]) if args.text else None
-            still = make_optimizer(model, 0.0, recipe.get("muon"), args.dtype == "bf16")
-            seconds = time_step(model, recipe["batch"], still, text)
+            # the optimizer is not kept: its moments are as large as two models
+            seconds = time_step(model, recipe["batch"], make_optimizer(model, 0.0, recipe.get("muon"), args.dtype == "bf16"), text)
             seconds *= args.accum * (recipe["steps"] - start)
-        del still
         say(f"a timed step says: about {duration(seconds)} for the training of the model on this CPU"
             + ("; far_nano and far_tiny are meant for CPUs" if seconds > 7200 else ""))
 
@@ -408,7 +407,8 @@ def main():
     tokenizer = tokenizer.to(device)
     mark = fingerprint(tokenizer)
     if before and before["data"].get("tokenizer", mark) != mark:
-        raise InputError(f"{out} was trained with another tokenizer than this one: give that one, or choose another --out")
+        raise InputError(f"{out} was trained with another tokenizer: give it with --tokenizer {out}/tokenizer.pt, or choose "
+                         "another --out")
     if rank == 0:
         save_tokenizer(os.path.join(out, "tokenizer.pt"), tokenizer)
     latents = cache_latents(tokenizer, data, args.data_dir, device, args.dtype)
