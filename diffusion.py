@@ -106,38 +106,51 @@ def fast_attention(q, k, v, mask=None, dropout=0.0):
 class HeadBlock(nn.Module):
     """Residual MLP on one token, steered by adaLN: h + gate * MLP(LN(h) * (1 + scale) + shift)."""
 
-    def __init__(self, width, n_head=0):
+    def __init__(self, width):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
         self.modulation = nn.Linear(width, 3 * width)
-        self.n_head = n_head
-        if n_head:
-            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, h, y):
-        shift, scale, gate = self.modulation(y).chunk(3, dim=-1)                     # (B, N, W) each
-        u = self.norm(h) * (1 + scale) + shift
-        if self.n_head:                                                              # the tokens of the band look at each other
-            q, k, v = self.qkv(u).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)     # (B, heads, N, W / heads)
-            u = u + self.proj(fast_attention(q, k, v).transpose(1, 2).flatten(2))
-        return h + gate * self.fc2(F.silu(self.fc1(u)))
+        shift, scale, gate = self.modulation(y).chunk(3, dim=-1)                     # (M, W) each
+        return h + gate * self.fc2(F.silu(self.fc1(self.norm(h) * (1 + scale) + shift)))
+
+
+class JointBlock(nn.Module):
+    """A transformer block with adaLN-zero on the tokens of one band, as in DiT (Peebles & Xie 2023, section 3.2)."""
+
+    def __init__(self, width, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, h, y):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(y).chunk(6, dim=-1)       # (B or 1, 1, W) each
+        u = self.norm1(h) * (1 + scale1) + shift1
+        q, k, v = self.qkv(u).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)         # (B, heads, N, W / heads)
+        h = h + gate1 * self.proj(fast_attention(q, k, v).transpose(1, 2).flatten(2))
+        return h + gate2 * self.fc2(F.gelu(self.fc1(self.norm2(h) * (1 + scale2) + shift2)))
 
 
 class DiffusionHead(nn.Module):
     """
-    p(x | z) for single tokens: a DDPM whose network is a small adaLN MLP (MAR, section 3.2 and appendix). With `n_head` its
-    blocks attend among the N tokens of a band, all at one step t: it then draws them jointly, p(x_1 .. x_N | z_1 .. z_N).
+    p(x | z) for single tokens: a DDPM whose network is a small adaLN MLP, steered by t and z (MAR, section 3.2 and appendix).
+    With `n_head` it draws the N tokens of a band jointly instead, p(x_1 .. x_N | z_1 .. z_N): its blocks attend among them,
+    all are at one step t, which alone steers the blocks, once per band, and each z is added to its token.
     """
 
     def __init__(self, token_dim, z_dim, width, depth, schedule="cosine", predict="eps", n_head=0, T=1000):
         super().__init__()
-        self.predict = predict
+        self.predict, self.joint = predict, n_head > 0
         self.time = TimeEmbedding(width)
         self.cond = nn.Linear(z_dim, width)
         self.level = nn.Linear(1, width)                 # of the raw cut-off of the transformer's input
         self.input = nn.Linear(token_dim, width)
-        self.blocks = nn.ModuleList(HeadBlock(width, n_head) for _ in range(depth))
+        self.blocks = nn.ModuleList(JointBlock(width, n_head) if n_head else HeadBlock(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, 2 * token_dim)    # the prediction, and v of the learned variance
@@ -164,9 +177,12 @@ class DiffusionHead(nn.Module):
         return self.cond(z) + self.level(level)
 
     def forward(self, xt, time, condition):
-        """Tokens (..., C), time embedding (..., W) or (1, W), condition (..., W) -> prediction and v, float32 (..., C)."""
+        """
+        Tokens (..., C), time embedding (..., W) or (1, W), condition (..., W) -> prediction and v, float32 (..., C). A joint
+        head takes (B, N, C), times (B, 1, W) or (1, W) and conditions (B, N, W).
+        """
         h = self.input(xt)                                                           # (..., W)
-        y = F.silu(time + condition)                                                 # (..., W)
+        h, y = (h + condition, F.silu(time)) if self.joint else (h, F.silu(time + condition))
         for block in self.blocks:
             h = block(h, y)
         shift, scale = self.modulation(y).chunk(2, dim=-1)
@@ -184,7 +200,8 @@ class DiffusionHead(nn.Module):
     def loss(self, x0, condition, t, noise):
         """
         Nichol & Dhariwal 2021 eq. 16: squared error of the prediction, and the variational term in bits, which only
-        trains the variance. Clean tokens and noise (..., C), condition (..., W), steps t (...). -> both terms, (...).
+        trains the variance. Clean tokens and noise (..., C), condition (..., W), steps t (...), for a joint head (B, 1).
+        -> both terms, (...).
         """
         chain = self.chain()
         alpha, sigma = chain.at(t, "alpha", "sigma")

@@ -30,13 +30,14 @@ from text import ByteEncoder
 #             tokens of a band      what the head learns            what the transformer sees
 LAYOUTS = {
     "paper": dict(grid="full",      target="full",                  context="last",
-                  predict="eps", times="uniform", input_noise=0.0, loss_weight="sine", temperature_curve="cosine"),
+                  predict="eps", times="uniform", input_noise=0.0, loss_weight="sine", temperature_curve="cosine",
+                  head_attention=0),
     "band":  dict(grid="band",      target="band",                  context="all",
-                  predict="v", times="logit-normal", input_noise=0.4, loss_weight="uniform", temperature_curve="constant"),
+                  predict="v", times="logit-normal", loss_weight="uniform", temperature_curve="constant"),
 }
 # The baseline of mar.py: no bands, tokens by position
 LAYOUTS["random"] = dict(order="random", grid="full", target="full", context="last", predict="v", input_noise=0.0,
-                         mask="truncnorm")
+                         mask="truncnorm", head_attention=0)
 LAYOUTS["raster"] = dict(LAYOUTS["random"], order="raster")
 
 
@@ -538,7 +539,7 @@ class FAR(nn.Module):
             r = round(cfg.noise_levels * math.sqrt(max(n_tokens) / N)) if cfg.context == "all" else cfg.noise_levels
             condition = self.head.condition(z_l, k_in[l].to(z_l)[:, None, None])                 # (B, N_l, W), once for r levels
             each = lambda v: v[:, None].expand(B, r, N, v.shape[-1]).flatten(0, 1)               # (B r, N_l, .)
-            t = self.head.draw_times(cfg.times, draw, B, r, 1 if cfg.head_attention else N, mean=cfg.times_mean).expand(B, r, N)
+            t = self.head.draw_times(cfg.times, draw, B, r, 1 if self.head.joint else N, mean=cfg.times_mean)
             noise_l = draw(torch.randn, B, r, N, C)
             mse, bits = self.head.loss(each(target), each(condition), t.flatten(0, 1), noise_l.flatten(0, 1))
             total = total + ((mse + bits).view(B, -1).sum(dim=1) * weights[l].to(x.device)).sum()
@@ -610,7 +611,9 @@ class FAR(nn.Module):
 
 PRESETS = {
     "far_nano": dict(width=96, depth=2, n_head=4, n_cond=1, head_width=128, head_depth=2, noise_levels=2),
-    "far_tiny": dict(width=128, depth=2, n_head=4, n_cond=1, head_width=160, head_depth=2, noise_levels=2),
+    # draws the tokens of a band jointly, with more noise on the lower bands: half its weights are in the head
+    "far_tiny": dict(width=128, depth=1, n_head=4, n_cond=1, head_width=128, head_depth=3, head_attention=4, noise_levels=1,
+                     input_noise=0.8),
     "far_s": dict(width=384, depth=6, n_head=6, n_cond=4, head_width=384, head_depth=4),
     "far_b": dict(width=768, depth=12, n_head=12, n_cond=64, head_width=1024, head_depth=6, dropout=0.1),
     "far_l": dict(width=1024, depth=16, n_head=16, n_cond=64, head_width=1024, head_depth=3, dropout=0.1),
@@ -619,11 +622,10 @@ PRESETS = {
 PRESETS["far_xl"] = PRESETS["far_h"]                     # the authors' other name for it
 # Text to image: far_l with cross-attention to Qwen2-1.5B's vectors, and a small one. Any other size takes text as well.
 PRESETS["far_t2i"] = dict(PRESETS["far_l"], text_dim=1536)
-# The small one draws a band jointly: whether there is a circle here depends on whether there is one there. To put things
-# where the text says it needs two more: training times with more noise, for a band's layout shows through all the rest and
-# nothing then needs the text; and positions that start as large as tokens, even low-passed to 2 x 2, for word order and
-# places are learnt together or not at all.
-PRESETS["far_tiny_t2i"] = dict(PRESETS["far_tiny"], text_dim=128, byte_depth=2, head_attention=4, times_mean=1.0, pos_std=2.0)
+# To put things where the text says the small one needs two more: training times with more noise, for a band's layout shows
+# through all the rest and nothing then needs the text; and positions that start as large as tokens, even low-passed to
+# 2 x 2, for word order and places are learnt together or not at all.
+PRESETS["far_tiny_t2i"] = dict(PRESETS["far_tiny"], depth=2, text_dim=128, byte_depth=2, times_mean=1.0, pos_std=2.0)
 
 
 def default_bands(latent_size, layout):

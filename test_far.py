@@ -231,7 +231,7 @@ def test_a_head_with_attention_draws_the_tokens_of_a_band_jointly(n_head, least,
     optimizer = torch.optim.Adam(head.parameters(), 3e-3)
     for _ in range(400):
         x0 = (torch.randint(0, 2, (128, 1, 1)) * 2.0 - 1).expand(-1, 2, -1)
-        t = head.draw_times("uniform", lambda kind, *shape: kind(*shape), 128, 1).expand(-1, 2)
+        t = head.draw_times("uniform", lambda kind, *shape: kind(*shape), 128, 1 if n_head else 2)
         mse, bits = head.loss(x0, head.condition(places, torch.zeros(1, 1)).expand(128, -1, -1), t, torch.randn(128, 2, 1))
         optimizer.zero_grad()
         (mse + bits).mean().backward()
@@ -512,6 +512,13 @@ def test_flops_of_random_ladders_are_the_mean_over_steps():
         counted.append(sum(count_flops(model.cfg)[:2]))
         seen.append(counter.get_total_flops() / steps)
     assert counted[0] / counted[1] == pytest.approx(seen[0] / seen[1], rel=0.05) and counted[0] < 0.9 * counted[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_size_comes_in_every_layout_and_only_ours_draws_bands_jointly(layout):
+    for name, preset in far.PRESETS.items():
+        cfg = FARConfig(**{**preset, **LAYOUTS[layout], "bands": default_bands(8, layout)})
+        assert cfg.head_attention == 0 or layout == "band", name
 
 
 @pytest.mark.parametrize("changes,word", [

@@ -90,7 +90,7 @@ def get_args():
 PAPER = dict(epochs=400, warmup_epochs=100, batch=64, lr=1e-4, lr_per=256, cosine=False)
 RECIPES = {
     "far_nano": dict(steps=3000, warmup=100, batch=32, lr=1e-2, cosine=True, muon=True),
-    "far_tiny": dict(steps=4500, warmup=100, batch=32, lr=1e-2, cosine=True, muon=True),
+    "far_tiny": dict(steps=2000, warmup=100, batch=128, lr=1e-2, cosine=True, muon=True),
     "far_s": dict(steps=100_000, warmup=1000, batch=128, lr=5e-4, cosine=True),
     "far_t2i": dict(PAPER, epochs=100, ema=0.99),
     "far_tiny_t2i": dict(steps=2000, warmup=100, batch=128, lr=8e-3, cosine=True, muon=True),
