@@ -331,16 +331,17 @@ def read_prompts(given):
     return prompts
 
 
-def default_out(args):
-    """Where pictures go unless --out says otherwise: sample, in the run's folder."""
-    return os.path.join(args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt), "sample")
+def out_of(args):
+    """Where pictures go, without ending: --out, or sample in the run's folder."""
+    folder = args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt)
+    return (args.out or os.path.join(folder, "sample")).removesuffix(".png")
 
 
 def interactive(args, run, settings):
     """Read prompts from the keyboard until an empty line or the end; write OUT_001.png, OUT_002.png ... as they come."""
     if not run.model.cfg.text_dim:
         raise InputError("--interactive is for a model trained on text; this one draws classes")
-    n, out = args.n or 8, args.out or default_out(args)
+    n, out = args.n or 8, out_of(args)
     print(f"a prompt and Enter draws {n} images; an empty line ends")
     for number in range(1, 1000):
         try:
@@ -376,7 +377,7 @@ def get_args():
     add("--masked", action="store_true", help="hide random tokens of every band from the encoder, for variety")
     add("--no-ema", action="store_true", help="the raw weights instead of their average")
     # where
-    add("--out", help="path of the pictures without ending; by default sample, in the run's folder")
+    add("--out", help="the picture, and the beginning of the names of what comes with it; by default sample.png in the run's folder")
     add("--gif", action="store_true", help="also an animation from blur to image")
     add("--npz", action="store_true", help="also an npz with arr_0, (N, H, W, 3) uint8")
     add("--batch", type=int, default=64, help="images at once")
@@ -407,7 +408,7 @@ def main():
     n = args.n if args.n is not None else 4 * len(classes)
     if args.classes and not all(0 <= c < run.model.cfg.n_class for c in classes):
         raise InputError(f"--classes: the model has classes 0 to {run.model.cfg.n_class - 1}")
-    shown, out = conditions(run, classes, n), args.out or default_out(args)
+    shown, out = conditions(run, classes, n), out_of(args)
     settings["masked"] = args.masked
     if args.npz:
         # the same weights, labels or prompts, and settings go on in the same folder

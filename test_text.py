@@ -331,8 +331,8 @@ def test_prompts_are_drawn_from_the_command_line_from_a_file_and_interactively(m
     monkeypatch.setattr("builtins.input", lambda *_: next(typed))
     code, said, _ = cli(*draw, "--interactive", "--n", 2, "--out", tmp_path / "b")
     assert code == 0 and [(tmp_path / f"b_00{i}.png").exists() for i in (1, 2, 3)] == [True, True, False]
-    code, said, _ = cli(*draw, "--out", tmp_path / "c")                  # without a prompt: captions of the data
-    assert code == 0 and (tmp_path / "c.png").exists()
+    code, said, _ = cli(*draw, "--out", tmp_path / "c.png")              # without a prompt: captions of the data
+    assert code == 0 and (tmp_path / "c.png").exists() and not (tmp_path / "c.png.png").exists()
 
 
 def test_two_processes_draw_the_prompts_that_one_draws_in_order(mini_run, cli, tmp_path):
