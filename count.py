@@ -36,22 +36,17 @@ def count_flops(cfg, sampling=None):
     L = len(n_tokens)
     block = lambda n, seen: n * (24 * D * D + 4 * seen * D)              # qkv, proj and MLP; scores and values of `seen` tokens
     cond = 2 * D * W                                                     # of the head, once per token
-    # of each token and noise level: in, out and blocks; and what steers those: of each too, but in a joint head of each band
-    # and noise level, and in its sampling of each step, for all images, which is not counted
-    call, steer, look = 6 * C * W + 4 * cfg.head_depth * W * W, (6 * cfg.head_depth + 4) * W * W, lambda n: 0
-    if cfg.head_attention:
-        call, steer = 6 * C * W + 24 * cfg.head_depth * W * W, (12 * cfg.head_depth + 4) * W * W
-        look = lambda n: 4 * cfg.head_depth * n * W                      # scores and values of n tokens
-    steered = lambda n: 1 if cfg.head_attention else n
+    joint = cfg.head_attention > 0
+    call = 6 * C * W + ((36 if joint else 10) * cfg.head_depth + 4) * W * W      # once per token and noise level: in, out, blocks, adaLN
+    look = lambda n: 4 * cfg.head_depth * n * W * joint                          # scores and values of n tokens
     if sampling is None:
         if cfg.context == "last":                                        # one band per image and step
             n_tokens = n_tokens[-1:]
         share = [0.5 if cfg.ladder == "random" else 1] * (len(n_tokens) - 1) + [1]           # how often a band is in a step
         N = sum(p * n for p, n in zip(share, n_tokens)) + cfg.n_cond
         levels = [cfg.noise_levels * (math.sqrt(max(n_tokens) / n) if cfg.context == "all" else 1) for n in n_tokens]
-        steer += 2 * (256 + W) * W                                       # in training every token, or band, has a time to embed
-        head = sum(p * (n * cond + round(r) * (n * (call + look(n)) + steered(n) * steer))
-                   for p, n, r in zip(share, n_tokens, levels))
+        time = lambda n: 2 * (256 + W) * W * (1 if joint else n)         # in training every token, or joint band, has its own
+        head = sum(p * (n * cond + round(r) * (n * (call + look(n)) + time(n))) for p, n, r in zip(share, n_tokens, levels))
         return 3 * (2 * cfg.depth * block(N, N) + N * 2 * D * D), 3 * head, N
     weights = guidance_weights(cfg.guidance, sampling["cfg_scale"], L)
     branches, transformer, head, tokens, seen = 1 + any(w != 1 for w in weights), 0, 0, 0, 0
@@ -60,7 +55,7 @@ def count_flops(cfg, sampling=None):
         seen = new + (seen if cfg.context == "all" else 0)               # with keys and values of the lower bands
         transformer += branches * (2 * cfg.depth * block(new, seen) + new * 2 * D * D)
         tokens += branches * new
-        head += n * (1 + (w != 1)) * (cond + steps * (call + look(n) + (0 if cfg.head_attention else steer)))
+        head += n * (1 + (w != 1)) * (cond + steps * (call + look(n)))
     return transformer, head, tokens
 
 

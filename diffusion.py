@@ -129,7 +129,7 @@ class JointBlock(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, h, y):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(y).chunk(6, dim=-1)       # (B or 1, 1, W) each
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(y).chunk(6, dim=-1)       # (B, N, W) each
         u = self.norm1(h) * (1 + scale1) + shift1
         q, k, v = self.qkv(u).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)         # (B, heads, N, W / heads)
         h = h + gate1 * self.proj(fast_attention(q, k, v).transpose(1, 2).flatten(2))
@@ -140,7 +140,7 @@ class DiffusionHead(nn.Module):
     """
     p(x | z) for single tokens: a DDPM whose network is a small adaLN MLP, steered by t and z (MAR, section 3.2 and appendix).
     With `n_head` it draws the N tokens of a band jointly instead, p(x_1 .. x_N | z_1 .. z_N): its blocks attend among them,
-    all are at one step t, which alone steers the blocks, once per band, and each z is added to its token.
+    all at one step t.
     """
 
     def __init__(self, token_dim, z_dim, width, depth, schedule="cosine", predict="eps", n_head=0, T=1000):
@@ -179,10 +179,10 @@ class DiffusionHead(nn.Module):
     def forward(self, xt, time, condition):
         """
         Tokens (..., C), time embedding (..., W) or (1, W), condition (..., W) -> prediction and v, float32 (..., C). A joint
-        head takes (B, N, C), times (B, 1, W) or (1, W) and conditions (B, N, W).
+        head takes the tokens of B bands, (B, N, C).
         """
         h = self.input(xt)                                                           # (..., W)
-        h, y = (h + condition, F.silu(time)) if self.joint else (h, F.silu(time + condition))
+        y = F.silu(time + condition)                                                 # (..., W)
         for block in self.blocks:
             h = block(h, y)
         shift, scale = self.modulation(y).chunk(2, dim=-1)

@@ -625,7 +625,8 @@ PRESETS["far_t2i"] = dict(PRESETS["far_l"], text_dim=1536)
 # To put things where the text says the small one needs two more: training times with more noise, for a band's layout shows
 # through all the rest and nothing then needs the text; and positions that start as large as tokens, even low-passed to
 # 2 x 2, for word order and places are learnt together or not at all.
-PRESETS["far_tiny_t2i"] = dict(PRESETS["far_tiny"], depth=2, text_dim=128, byte_depth=2, times_mean=1.0, pos_std=2.0)
+PRESETS["far_tiny_t2i"] = dict(PRESETS["far_tiny"], depth=2, text_dim=128, byte_depth=2, noise_levels=2, input_noise=0.4,
+                               times_mean=1.0, pos_std=2.0)
 
 
 def default_bands(latent_size, layout):
