@@ -7,14 +7,13 @@ import math
 
 import torch
 
-from far import FAR, LAYOUTS, PRESETS, FARConfig, default_bands, guidance_weights, linear_steps, sampling_defaults
+from far import FAR, PRESETS, FARConfig, guidance_weights, linear_steps, preset_fields, sampling_defaults
 
 
-def count_parameters(preset, **changes):
-    """Parameters of a preset in the paper's setting (ImageNet, KL-16 latents, its layout), without allocating them."""
-    values = dict(latent_size=16, latent_dim=16, n_class=1000, bands=default_bands(16, "paper"))
+def count_parameters(preset, layout="paper", **changes):
+    """Parameters, of all and of the head, of a preset on ImageNet and KL-16 latents, without allocating them."""
     with torch.device("meta"):
-        model = FAR(FARConfig(**{**values, **PRESETS[preset], **LAYOUTS["paper"], **changes}))
+        model = FAR(FARConfig(latent_size=16, latent_dim=16, n_class=1000, **{**preset_fields(preset, layout, 16), **changes}))
     count = lambda module: sum(p.numel() for p in module.parameters())
     return count(model), count(model.head)
 
@@ -73,13 +72,11 @@ if __name__ == "__main__":
           "| GFLOPs, sampling (of that, head) |\n"
           "|---|---|---|---|---|---|---|---|")
     for preset in (name for name in PRESETS if name != "far_xl"):
-        total, head = count_parameters(preset)
-        for layout in [] if "text_dim" in PRESETS[preset] else ("paper", "band"):
-            cfg = FARConfig(latent_size=16, latent_dim=16, n_class=1000, bands=default_bands(16, layout), **PRESETS[preset],
-                            **LAYOUTS[layout])
+        for layout in ("paper", "band"):
+            total, head = count_parameters(preset, layout)
+            cfg = FARConfig(latent_size=16, latent_dim=16, n_class=1000, **preset_fields(preset, layout, 16))
             training, drawing = count_flops(cfg), count_flops(cfg, dict(sampling_defaults(cfg), cfg_scale=3.0))
-            print(f"| {preset} | {(total - head) / 1e6:.1f} | {head / 1e6:.1f} | {total / 1e6:.1f} | {layout} | {training[2]} "
-                  f"| {sum(training[:2]) / 1e9:.0f} | {sum(drawing[:2]) / 1e9:,.0f} ({drawing[1] / sum(drawing[:2]):.0%}) |")
-        if "text_dim" in PRESETS[preset]:                                # see count_flops
-            print(f"| {preset} | {(total - head) / 1e6:.1f} | {head / 1e6:.1f} | {total / 1e6:.1f} | paper | - | - | - |")
+            cost = (f"{training[2]} | {sum(training[:2]) / 1e9:.0f} | {sum(drawing[:2]) / 1e9:,.0f} "
+                    f"({drawing[1] / sum(drawing[:2]):.0%})") if not cfg.text_dim else "- | - | -"       # see count_flops
+            print(f"| {preset} | {(total - head) / 1e6:.1f} | {head / 1e6:.1f} | {total / 1e6:.1f} | {layout} | {cost} |")
     print("\nThe authors report 451 for far_l and 564 for far_t2i.")

@@ -638,6 +638,11 @@ def default_bands(latent_size, layout):
     return tuple(2 ** i for i in range(int(math.log2(latent_size)) + 1) if 2 ** i < latent_size) + (latent_size,)
 
 
+def preset_fields(model, layout, latent_size):
+    """The fields of FARConfig that a preset and a layout decide, and their bands: a dict. The layout has the last word."""
+    return {**PRESETS[model], **LAYOUTS[layout], "bands": default_bands(latent_size, layout)}
+
+
 def sampling_defaults(cfg):
     """
     How a model is sampled unless told otherwise: the released procedure for the paper's layout; for ours steps, guidance
@@ -646,7 +651,7 @@ def sampling_defaults(cfg):
     """
     if cfg.order == "frequency" and cfg.context == "last" and cfg.target == "full":
         return dict(bands=paper_sampling_bands(cfg.latent_size), sampler="ddpm", steps=(100, 100), cfg_scale=1.0, temperature=1.0)
-    return dict(bands=cfg.bands, sampler="dpmpp", steps=(16, 6), cfg_scale=4.0 if cfg.label_drop else 1.0,
+    return dict(bands=cfg.bands, sampler="dpmpp", steps=(24, 10), cfg_scale=4.0 if cfg.label_drop else 1.0,
                 temperature=1.0 if cfg.text_dim else 1.15)
 
 

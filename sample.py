@@ -31,7 +31,7 @@ from common import (InputError, OneLineParser, command_line, join_processes, loa
 from count import count_calls, count_flops
 from data import digest, reading
 from diffusion import SAMPLERS
-from far import LAYOUTS, PRESETS, FARConfig, check_bands, default_bands, sampling_defaults
+from far import PRESETS, FARConfig, check_bands, preset_fields, sampling_defaults
 from mar import make_model
 from published import load_published_far
 from text import WORD_BYTES, encode, load_encoder
@@ -289,7 +289,7 @@ def benchmark(args):
         layouts = {"paper" if cfg.grid == "full" else "band": asdict(cfg)}
     elif args.benchmark in PRESETS:
         base = dict(latent_size=16, latent_dim=16, n_class=1000)
-        layouts = {name: asdict(FARConfig(**base, **PRESETS[args.benchmark], **LAYOUTS[name], bands=default_bands(16, name)))
+        layouts = {name: asdict(FARConfig(**base, **preset_fields(args.benchmark, name, 16)))
                    for name in ("paper", "band")}
     else:
         raise InputError(f"--benchmark {args.benchmark} is not known; there are {', '.join(PRESETS)}")
@@ -301,7 +301,7 @@ def benchmark(args):
     first, fast = None, args.dtype or faster_dtype(device)
     for layout, config in layouts.items():
         model_cfg = FARConfig(**config)
-        few = [("dpmpp", steps, fast) for steps in ((20, 20), (10, 10), (16, 6), (6, 6))]
+        few = [("dpmpp", steps, fast) for steps in ((20, 20), (10, 10), (24, 10), (6, 6))]
         for sampler, steps, dtype in dict.fromkeys([("ddpm", (100, 100), "fp32"), ("ddpm", (100, 100), fast), *few]):
             settings = dict(sampling_defaults(model_cfg), sampler=sampler, steps=steps, cfg_scale=3.0)
             job = dict(ckpt=args.ckpt, config=config, settings=settings, n=n, device=args.device, dtype=dtype)

@@ -514,10 +514,17 @@ def test_flops_of_random_ladders_are_the_mean_over_steps():
     assert counted[0] / counted[1] == pytest.approx(seen[0] / seen[1], rel=0.05) and counted[0] < 0.9 * counted[1]
 
 
+def test_the_table_of_sizes_has_every_preset_in_both_layouts():
+    done = subprocess.run([sys.executable, os.path.join(HERE, "count.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in set(far.PRESETS) - {"far_xl"}:
+        assert all(f"| {layout} |" in done.stdout.split(f"| {name} |")[i] for i, layout in ((1, "paper"), (2, "band"))), name
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_size_comes_in_every_layout_and_only_ours_draws_bands_jointly(layout):
-    for name, preset in far.PRESETS.items():
-        cfg = FARConfig(**{**preset, **LAYOUTS[layout], "bands": default_bands(8, layout)})
+    for name in far.PRESETS:
+        cfg = FARConfig(**far.preset_fields(name, layout, 8))
         assert cfg.head_attention == 0 or layout == "band", name
 
 

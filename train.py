@@ -32,7 +32,7 @@ from common import (InputError, OneLineParser, barrier, command_line, first_proc
                     loader_threads, peak_memory, pick_device, previous, save_checkpoint, seed_number, write_atomically)
 from data import load_data, reading
 from evaluate import Judge, check_progress, draw_progress
-from far import LAYOUTS, PRESETS, FARConfig, Randomness, default_bands
+from far import LAYOUTS, PRESETS, FARConfig, Randomness, preset_fields
 from mar import make_model
 from muon import Muon
 from sample import save_reconstructions, save_samples
@@ -104,7 +104,7 @@ def model_config(args, data, tokenizer_cfg, encoder=None):
     if args.layout not in LAYOUTS:
         raise InputError(f"--layout {args.layout} is not known; there are {', '.join(LAYOUTS)}")
     values = dict(latent_size=tokenizer_cfg.latent_size, latent_dim=tokenizer_cfg.latent_dim, n_class=data.n_class,
-                  bands=default_bands(tokenizer_cfg.latent_size, args.layout), **PRESETS[args.model], **LAYOUTS[args.layout])
+                  **preset_fields(args.model, args.layout, tokenizer_cfg.latent_size))
     values["text_dim"] = 0 if not args.text else encoder.width if encoder else values["width"]
     values["byte_depth"] = values.get("byte_depth", 2) if args.text and not encoder else 0
     known = {f.name: f.type for f in fields(FARConfig)}
