@@ -36,8 +36,9 @@ def count_flops(cfg, sampling=None):
     block = lambda n, seen: n * (24 * D * D + 4 * seen * D)              # qkv, proj and MLP; scores and values of `seen` tokens
     cond = 2 * D * W                                                     # of the head, once per token
     joint = cfg.head_attention > 0
-    call = 6 * C * W + ((36 if joint else 10) * cfg.head_depth + 4) * W * W      # once per token and noise level: in, out, blocks, adaLN
-    look = lambda n: 4 * cfg.head_depth * n * W * joint                          # scores and values of n tokens
+    # once per token and noise level: in, out, blocks and adaLN; in a joint head also scores and values of n tokens
+    call = 6 * C * W + ((36 if joint else 10) * cfg.head_depth + 4) * W * W
+    look = lambda n: 4 * cfg.head_depth * n * W * joint
     if sampling is None:
         if cfg.context == "last":                                        # one band per image and step
             n_tokens = n_tokens[-1:]

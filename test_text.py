@@ -136,7 +136,7 @@ def test_the_baseline_takes_text_too(kind, order):
 
 def test_places_of_the_small_text_model_differ_from_the_start_on_every_grid():
     """From 0.02 neither places nor the words for them are learnt: each is of use only with the other."""
-    cfg = far.FARConfig(latent_size=4, latent_dim=8, bands=(1, 2, 4), **{**far.PRESETS["far_tiny_t2i"], **LAYOUTS["band"]})
+    cfg = far.FARConfig(latent_size=4, latent_dim=8, **far.preset_fields("far_tiny_t2i", "band", 4))
     model = far.FAR(cfg)
     for table in (model.encoder_pos, model.decoder_pos):
         for k in (2, 4):
