@@ -1,51 +1,83 @@
 """
-What every script shares: errors a user can act on, the device, and files that are never left half written.
+What every script shares: errors a user can act on, the device, several processes, and files that are never
+half written.
+
+Randomness is a function of (seed, step): `step_generator`. What lies in the data folder is made once, by
+whoever comes first (`only_one`), in parts that survive an interruption (`make_parts`).
 """
 import argparse
+import errno
+import hashlib
+import math
 import os
 import pickle
 import signal
 import sys
+import time
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import fields
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
+from tqdm import tqdm
 
+
+# ---- errors and the command line
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message says what, and what to do; `command_line` prints it, without traceback."""
+    """Something the user gave is wrong. The message says what, and what to do."""
 
 
 def command_line(main):
-    """Run a script's `main()`. Bad input ends as one line on stderr and exit code 2, Ctrl-C and SIGTERM as exit code 130."""
+    """
+    Run a script's `main()`. Bad input, and files that cannot be read or written, end as one line on stderr
+    and exit code 2, Ctrl-C and SIGTERM as exit code 130. Names that the terminal cannot show are printed
+    escaped.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
     except InputError as error:
         sys.exit(print(f"error: {' '.join(str(error).split())}", file=sys.stderr) or 2)
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        sys.exit(print(f"error: {why(error)}: {error.filename or 'while writing'}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("interrupted", file=sys.stderr) or 130)
 
 
-def check_fields(config, most=65536):
-    """
-    Raise ValueError unless every field of a dataclass has the type it is declared with (tuples are of whole numbers), and
-    whole numbers are from 0 to `most`: a damaged file must not make a network that fills the memory.
-    """
-    for field in fields(config):
-        value, kind = getattr(config, field.name), field.type
-        for item in value if kind is tuple else (value,):
-            right = type(item) is (int if kind is tuple else kind) or (kind is float and type(item) is int)
-            if not right or (type(item) is int and not 0 <= item <= most):
-                raise ValueError(f"{field.name} is not {'a list of whole numbers' if kind is tuple else kind.__name__} "
-                                 f"in a sensible range: {item!r}")
+def why(error):
+    """The cause of an exception in a few words: a full disk and missing permissions by their name."""
+    while not isinstance(error, OSError) and error.__context__ is not None:
+        error = error.__context__                  # torch.save wraps what the disk said
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def reading(path):
+    """What a damaged file makes its reader raise, as an InputError of one line: the file and the cause."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path} could not be read ({why(error)})")
+    except Exception as error:                     # damaged files end in a dozen different exceptions
+        raise InputError(f"{path} is damaged or not what it should be ({why(error)})")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -55,79 +87,133 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see python {self.prog} --help)\n")
 
 
+def number(text):
+    """A flag's value as a float; nan and inf are refused."""
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"a finite number, not {text!r}")
+    return float(text)
+
+
+def positive(text):
+    """A flag's value as a whole number from 1."""
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"a whole number from 1, not {text!r}")
+    return int(text)
+
+
+def whole_numbers(text):
+    """ "1,2,4" -> (1, 2, 4), each from 1."""
+    return tuple(positive(part) for part in text.split(","))
+
+
 def seed_number(text):
-    """The value of --seed: a whole number from 0 to a billion, for steps and images count on from a million times it."""
+    """--seed: a whole number from 0 to a billion, for steps and images count on from a million times it."""
     if not (text.isascii() and text.isdigit() and int(text) <= 10 ** 9):
         raise argparse.ArgumentTypeError(f"a whole number from 0 to 1000000000, not {text!r}")
     return int(text)
 
 
+def duration(seconds):
+    """90 -> "1.5 minutes"."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+# ---- device, arithmetic, random numbers
+
 def pick_device(name=None):
-    """The device by name, or the best there is: cuda, else mps, else cpu. Raises InputError for one that is not there."""
+    """
+    The device by name, or the best there is: cuda, mps, cpu. Raises InputError for one that is not there.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} does not work here ({str(error).splitlines()[0]}); leave it out to pick one")
+        raise InputError(f"--device {name} does not work here ({why(error)}); leave it out to pick one")
+    torch.set_float32_matmul_precision("high")     # TF32 where a GPU has it; a CPU does not look at this
     return torch.device(name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Several processes, started by torchrun: each works on its share, process 0 writes
+def autocast(device, dtype):
+    """
+    bf16 arithmetic where it is safe (dtype "bf16"), or none ("fp32"). fp16 is not offered: black images.
+    """
+    kind = torch.device(device).type
+    return nullcontext() if kind == "meta" else torch.autocast(kind, torch.bfloat16, enabled=dtype == "bf16")
+
+
+def faster_dtype(device):
+    """
+    "bf16" or "fp32": on a GPU bf16 if it has it; on a CPU whichever runs a linear layer faster, for
+    processors with bf16 arithmetic gain a factor of 3, and others lose.
+    """
+    if device.type != "cpu":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "fp32"
+
+    def seconds(kind):
+        layer, x, times = nn.Linear(256, 1024).to(kind), torch.randn(2048, 256, dtype=kind), []
+        for _ in range(4):
+            start = time.perf_counter()
+            layer(x).sum().backward()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return "bf16" if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else "fp32"
+
+
+def step_generator(seed, step, device="cpu"):
+    """Random numbers of a step, a function of (seed, step): a resumed run draws what an unbroken one does."""
+    device = "cpu" if torch.device(device).type == "meta" else device    # meta tensors have no values to draw
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+
+
+def epochs(start, count, n, seed):
+    """
+    Batches of `count` indices, LongTensor (count,), of an endless stream of shuffled epochs over n images,
+    from position `start` on. A generator: an epoch is shuffled once, not once a batch.
+    """
+    epoch, at = divmod(start, n)
+    order = torch.randperm(n, generator=step_generator(seed, epoch))[at:]
+    while True:
+        while len(order) < count:
+            epoch += 1
+            order = torch.cat([order, torch.randperm(n, generator=step_generator(seed, epoch))])
+        yield order[:count]
+        order = order[count:]
+
+
+# ---- several processes, started by torchrun: each works on its share, process 0 writes
+
+def rank_and_world():
+    """This process's number and how many there are: (0, 1) for a single one."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
 
 def join_processes(device):
-    """Meet the other processes of torchrun, if there are any: this one's rank, their number, and its device."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """
+    Meet the other processes of torchrun, if there are any: this one's rank, their number, and its device.
+    """
+    rank, world = rank_and_world()
     if world > 1 and not dist.is_initialized():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        # process 0 may train a tokenizer or a classifier while the others wait
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
+        # minutes are enough: what takes long is waited for in `only_one`, not in a collective
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     return rank, world, device
 
 
-def rank_and_world():
-    """This process's number and how many there are: (0, 1) for a single one."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def barrier():
-    """Wait until all processes are here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-@contextmanager
-def first_process_first():
-    """Process 0 runs the block before the others do, so that they find what it leaves on the disk."""
-    rank, _ = rank_and_world()
-    if rank:
-        barrier()
-    yield
-    if not rank:
-        barrier()
-
-
-def peak_memory(device):
-    """The most memory that this process has held so far, in GiB: of the GPU, or on a CPU all of it; nan where it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    try:
-        import resource                                                  # not on Windows
-    except ImportError:
-        return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
-
-
-def loader_threads():
+def threads():
     """Threads that decode images: this process's share of the machine's cores, at most 8."""
     return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def prefetch(function, items, ahead=2):
-    """function(item) of every item in order; a thread prepares the next ones while the caller works on one."""
+    """function(item) of every item in order; a thread prepares the next ones while the caller works."""
     waiting = deque()
     with ThreadPoolExecutor(1) as pool:
         for item in items:
@@ -138,13 +224,109 @@ def prefetch(function, items, ahead=2):
             yield waiting.popleft().result()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+# ---- files
+
+def digest(*parts):
+    """12 characters that change when any of the parts does."""
+    return hashlib.sha256("\n".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def hold_lock(path, wait):
+    """
+    The file `path`, open and locked until it is closed or the process ends; None if another process holds it
+    and `wait` is False. Where the system has no such locks nothing is locked.
+    """
+    file = open(path, "a")
+    try:
+        import fcntl                               # not on Windows
+    except ImportError:
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+@contextmanager
+def only_one(path):
+    """
+    Make the file or folder `path` inside this block, if it is not there by then: no other process, of this
+    training or of another one, is in the block at the same time. Whoever has to wait says so.
+    """
+    if os.path.exists(path):
+        yield
+        return
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    lock = hold_lock(f"{path}.lock", wait=False)
+    if lock is None:
+        if rank_and_world()[0] == 0:
+            print(f"waiting for another process, which is making {path}", file=sys.stderr, flush=True)
+        lock = hold_lock(f"{path}.lock", wait=True)
+    with lock:
+        yield
+        if os.path.exists(path) and os.path.exists(f"{path}.lock") and os.name != "nt":
+            os.remove(f"{path}.lock")              # from here on nobody needs it: `path` is there
+
+
+class Parts:
+    """Rows of a large array that lies on the disk in several files of `size` rows each."""
+
+    def __init__(self, arrays, size):
+        self.arrays, self.size = arrays, size
+        self.shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        """Row numbers, or (row numbers, an index into each row) -> array (n, ...). Only these are read."""
+        rows, inner = rows if isinstance(rows, tuple) else (rows, [slice(None)] * len(rows))
+        places = (divmod(int(row), self.size) for row in rows)
+        return np.stack([self.arrays[part][at][i] for (part, at), i in zip(places, inner)])
+
+
+def make_files(folder, n, make, desc, size, batch, unit):
+    """
+    Arrays for n items, made once and kept in `folder` as one file for every `size` items; interrupted, it
+    goes on with the next file, and several processes share the work. make(range) -> an array for at most
+    `batch` items. -> the memory-mapped arrays.
+    """
+    ranges = [range(first, min(first + size, n)) for first in range(0, n, size)]
+    path = lambda items: os.path.join(folder, f"{items.start:09d}-{items.stop:09d}.npy")  # for any n
+    rank, world = rank_and_world()
+    todo = [items for items in ranges[rank::world] + ranges if not os.path.exists(path(items))]   # mine first
+    with tqdm(total=n, desc=desc, unit=unit, disable=rank > 0 or not todo) as bar:
+        for items in todo:
+            with only_one(path(items)):
+                if not os.path.exists(path(items)):
+                    made = []
+                    for first in range(0, len(items), batch):
+                        made.append(make(items[first:first + batch]))
+                        bar.update(len(items[first:first + batch]))
+                    whole = np.concatenate(made)
+                    write_atomically(path(items), lambda file: np.save(file, whole))
+    arrays = []
+    for items in ranges:
+        with reading(path(items)):
+            arrays.append(np.load(path(items), mmap_mode="r", allow_pickle=False))
+    return arrays
+
+
+def make_parts(folder, n, make, desc, size=2048, batch=128, unit="img"):
+    """An array of n rows by `make_files`; make(range) -> as many rows. -> Parts."""
+    parts = Parts(make_files(folder, n, make, desc, size, batch, unit), size)
+    if len(parts) != n:
+        raise InputError(f"{folder} holds {len(parts)} rows, not {n}: remove it and run again")
+    return parts
+
 
 def write_atomically(path, write):
     """
-    Call `write(file)` on a temporary file beside `path`, then rename it into place: a reader, or a crash at any
-    moment, sees the old file or the new one, never half of one. A full disk raises InputError and keeps the old file.
+    Call `write(file)` on a temporary file beside `path`, then rename it into place: a reader, or a crash at
+    any moment, sees the old file or the new one, never half of one. InputError, and the old file, on a full
+    disk.
     """
     temporary = f"{path}.tmp"
     try:
@@ -156,23 +338,17 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:       # torch.save reports a full disk as RuntimeError
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise InputError(f"could not write {path} ({str(error).splitlines()[0]}); what was there before is kept")
+        raise InputError(f"could not write {path} ({why(error)}); what was there before is kept")
 
 
 def save_checkpoint(path, content):
     """
-    Save a dict of tensors and plain types atomically; the file it replaces stays beside it as NAME.prev.pt. Whenever the
-    process dies, there is a whole file at `path`, the old one or the new one.
+    Save a dict of tensors and plain types; the file it replaces stays beside it as NAME.prev.pt. Whenever the
+    process dies, one of the two is whole.
     """
     write_atomically(f"{path}.new", lambda file: torch.save(content, file))
     if os.path.exists(path):
-        try:                                       # a second name for the old file, so that it is never away
-            if os.path.exists(f"{path}.old"):
-                os.remove(f"{path}.old")
-            os.link(path, f"{path}.old")
-            os.replace(f"{path}.old", previous(path))
-        except OSError:                            # a file system without links: for a moment only NAME.prev.pt is there
-            os.replace(path, previous(path))
+        os.replace(path, previous(path))
     os.replace(f"{path}.new", path)
 
 
@@ -182,30 +358,27 @@ def previous(path):
     return f"{stem}.prev{extension}"
 
 
-def load_checkpoint(path, kind=None, device="cpu", allow=()):
+def load_checkpoint(path, kind=None, allow=()):
     """
-    Read a checkpoint without running any code in it. `kind` is what its own "kind" entry must say ("far",
-    "tokenizer", ...); `allow` lists harmless classes that may stand inside (argparse.Namespace, for published files).
-    Damage is found by the zip's own CRC32 sums. Raises InputError with one line on a missing, truncated, damaged or
-    foreign file, and on one that carries code.
+    Read a checkpoint, on the CPU, without running any code in it. `kind` is what its own "kind" entry must
+    say; `allow` lists harmless classes that may stand inside (argparse.Namespace, for published files).
+    Raises InputError with one line on a missing, truncated, damaged (by the zip's CRC32 sums) or foreign
+    file, or one with code.
     """
     if not os.path.isfile(path):
         raise InputError(f"there is no file {path}")
     try:
-        if zipfile.is_zipfile(path):
-            damaged = zipfile.ZipFile(path).testzip()
-            if damaged:
-                raise InputError(f"{path} is damaged (its part {damaged} does not match its checksum)")
+        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
         with torch.serialization.safe_globals(list(allow)):
-            content = torch.load(path, map_location=device, weights_only=True)
-    except InputError:
-        raise
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "GLOBAL" in str(error):
+            content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise InputError(f"{path} could not be read ({why(error)})")
+    except Exception as error:                     # truncated files end in a dozen different exceptions
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error).upper():
             raise InputError(f"{path} carries code, or classes that are not plain tensors: it is refused")
         raise InputError(f"{path} is not a checkpoint, or it is truncated")
-    except Exception:                              # truncated files end in a dozen different exceptions
-        raise InputError(f"{path} is not a checkpoint, or it is truncated")
+    if damaged:
+        raise InputError(f"{path} is damaged (its part {damaged} does not match its checksum)")
     if kind and not (isinstance(content, dict) and content.get("kind") == kind):
         raise InputError(f"{path} is not a {kind} checkpoint of this program")
     return content

@@ -1,9 +1,10 @@
 """
-The diffusion head: one continuous token x given the transformer's output z for it, p(x | z), and its samplers.
+The diffusion head: one continuous token x given the transformer's output z for it, p(x | z), and samplers.
 
-    alphas_cumprod      noise schedules                      Nichol & Dhariwal 2021 (cosine), Ho et al. 2020 (linear)
-    Chain               the maths of a (shortened) chain     Ho et al. 2020, Nichol & Dhariwal 2021
-    DiffusionHead       the network, loss() and sample()     FAR's diffusion loss; Li et al. 2024 (MAR), section 3.2
+    alphas_cumprod      noise schedules          Nichol & Dhariwal 2021 (cosine), Ho et al. 2020 (linear)
+    Chain               the (shortened) chain    Ho et al. 2020, Nichol & Dhariwal 2021
+    DiffusionHead       network, loss, sampling  FAR's diffusion loss; Li et al. 2024 (MAR), sec. 3.2
+    ddpm, ddim, dpmpp   the samplers
 
 Shapes: M tokens of any number of images and bands, C channels of a token, D width of z, W width of the head,
 T diffusion steps of training (t = 0 is almost clean, T - 1 almost pure noise), S steps of sampling.
@@ -14,20 +15,22 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from blocks import JointBlock
+
 SAMPLERS = ("ddpm", "ddim", "dpmpp")
 
 
 def alphas_cumprod(name, T):
     """
-    Share of signal variance left at each step, float64 (T,). `cosine`: Nichol & Dhariwal 2021 eq. 17; `linear`: Ho et
-    al. 2020. Raises ValueError on another name.
+    Share of signal variance left at each step, float64 (T,). `cosine`: Nichol & Dhariwal 2021 eq. 17;
+    `linear`: Ho et al. 2020. Raises ValueError on another name.
     """
     if name == "linear":
-        beta = torch.linspace(1e-4 * 1000 / T, 0.02 * 1000 / T, T, dtype=torch.float64)
+        beta = torch.linspace(1e-4 * 1000 / T, 0.02 * 1000 / T, T, dtype=torch.float64, device="cpu")
     elif name == "cosine":
-        u = torch.arange(T + 1, dtype=torch.float64) / T
+        u = torch.arange(T + 1, dtype=torch.float64, device="cpu") / T
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2).square()
-        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)          # the clip keeps the last step from being a singularity
+        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)   # the clip keeps the last step from being a singularity
     else:
         raise ValueError(f"unknown noise schedule {name!r}: cosine or linear")
     return torch.cumprod(1 - beta, dim=0)
@@ -35,8 +38,9 @@ def alphas_cumprod(name, T):
 
 class Chain:
     """
-    The steps `times` of a diffusion with cumulated signal `abar` (T,), in increasing order: all T of them in
-    training, S of them in sampling (respacing, Nichol & Dhariwal 2021 section 4). Tables are float32, computed in float64.
+    The steps `times` of a diffusion with cumulated signal `abar` (T,), in increasing order: all of them in
+    training, S in sampling (respacing, Nichol & Dhariwal 2021 section 4). Tables are float32, computed in
+    float64.
     """
 
     def __init__(self, abar, times=None, device=None):
@@ -44,10 +48,10 @@ class Chain:
         abar = abar.double().cpu()[self.times]
         before = torch.cat([abar.new_ones(1), abar[:-1]])                            # abar of the step below
         beta = 1 - abar / before
-        variance = beta * (1 - before) / (1 - abar)                                  # of q(x_{s-1} | x_s, x_0), DDPM eq. 7
+        variance = beta * (1 - before) / (1 - abar)                     # of q(x_{s-1} | x_s, x_0), DDPM eq. 7
         tables = dict(
-            alpha=abar.sqrt(), sigma=(1 - abar).sqrt(),                              # x_s = alpha x_0 + sigma noise
-            to_x0=beta * before.sqrt() / (1 - abar),                                 # posterior mean = to_x0 x_0 + to_xt x_s
+            alpha=abar.sqrt(), sigma=(1 - abar).sqrt(),                        # x_s = alpha x_0 + sigma noise
+            to_x0=beta * before.sqrt() / (1 - abar),                  # posterior mean = to_x0 x_0 + to_xt x_s
             to_xt=(1 - before) * (1 - beta).sqrt() / (1 - abar),
             # the variance is 0 at s = 0, where its logarithm is clipped to that of the next step
             log_small=torch.cat([variance[1:2] if len(variance) > 1 else beta[:1], variance[1:]]).log(),
@@ -65,18 +69,19 @@ class Chain:
         return to_x0 * x0 + to_xt * xt
 
     def log_variance(self, v, s):
-        """Learned log-variance between its two bounds: v (..., C) in [-1, 1], Nichol & Dhariwal 2021 eq. 15."""
+        """Learned log-variance between its bounds: v (..., C) in [-1, 1], Nichol & Dhariwal 2021 eq. 15."""
         small, large = self.at(s, "log_small", "log_large")
         return small + (v + 1) / 2 * (large - small)
 
 
 def normal_kl(mean_a, logvar_a, mean_b, logvar_b):
     """KL divergence between diagonal Gaussians, elementwise, in nats."""
-    return 0.5 * (logvar_b - logvar_a - 1 + (logvar_a - logvar_b).exp() + (mean_a - mean_b).square() * (-logvar_b).exp())
+    ratio = (logvar_a - logvar_b).exp() + (mean_a - mean_b).square() * (-logvar_b).exp()
+    return 0.5 * (logvar_b - logvar_a - 1 + ratio)
 
 
 def discretised_nll(x, mean, logvar, half_bin=1 / 255):
-    """-log of the mass that N(mean, exp(logvar)) puts on a bin around x, in nats: the decoder term, DDPM eq. 13."""
+    """-log of the mass that N(mean, exp(logvar)) has in a bin around x, in nats (DDPM eq. 13)."""
     cdf = lambda y: 0.5 * (1 + torch.erf((y - mean) * (-0.5 * logvar).exp() / math.sqrt(2)))
     return -(cdf(x + half_bin) - cdf(x - half_bin)).clamp(min=1e-12).log()
 
@@ -95,14 +100,6 @@ class TimeEmbedding(nn.Module):
         return self.fc2(F.silu(self.fc1(torch.cat([angle.cos(), angle.sin()], dim=-1))))
 
 
-def fast_attention(q, k, v, mask=None, dropout=0.0):
-    """Scaled dot-product attention, (B, heads, N, d) each. On a CPU in float32: there, bf16's backward is 3 times slower."""
-    if q.device.type == "cpu":
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout)
-
-
 class HeadBlock(nn.Module):
     """Residual MLP on one token, steered by adaLN: h + gate * MLP(LN(h) * (1 + scale) + shift)."""
 
@@ -117,30 +114,11 @@ class HeadBlock(nn.Module):
         return h + gate * self.fc2(F.silu(self.fc1(self.norm(h) * (1 + scale) + shift)))
 
 
-class JointBlock(nn.Module):
-    """A transformer block with adaLN-zero on the tokens of one band, as in DiT (Peebles & Xie 2023, section 3.2)."""
-
-    def __init__(self, width, n_head):
-        super().__init__()
-        self.n_head = n_head
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.modulation = nn.Linear(width, 6 * width)
-
-    def forward(self, h, y):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(y).chunk(6, dim=-1)       # (B, N, W) each
-        u = self.norm1(h) * (1 + scale1) + shift1
-        q, k, v = self.qkv(u).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)         # (B, heads, N, W / heads)
-        h = h + gate1 * self.proj(fast_attention(q, k, v).transpose(1, 2).flatten(2))
-        return h + gate2 * self.fc2(F.gelu(self.fc1(self.norm2(h) * (1 + scale2) + shift2)))
-
-
 class DiffusionHead(nn.Module):
     """
-    p(x | z) for single tokens: a DDPM whose network is a small adaLN MLP, steered by t and z (MAR, section 3.2 and appendix).
-    With `n_head` it draws the N tokens of a band jointly instead, p(x_1 .. x_N | z_1 .. z_N): its blocks attend among them,
-    all at one step t.
+    p(x | z) for single tokens: a DDPM whose network is a small adaLN MLP, steered by t and z (MAR, section
+    3.2 and appendix). With `n_head` it draws the N tokens of a band jointly instead, p(x_1 .. x_N | z_1 ..
+    z_N): its blocks attend among them, all at one step t.
     """
 
     def __init__(self, token_dim, z_dim, width, depth, schedule="cosine", predict="eps", n_head=0, T=1000):
@@ -150,7 +128,8 @@ class DiffusionHead(nn.Module):
         self.cond = nn.Linear(z_dim, width)
         self.level = nn.Linear(1, width)                 # of the raw cut-off of the transformer's input
         self.input = nn.Linear(token_dim, width)
-        self.blocks = nn.ModuleList(JointBlock(width, n_head) if n_head else HeadBlock(width) for _ in range(depth))
+        block = lambda: JointBlock(width, n_head) if n_head else HeadBlock(width)
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, 2 * token_dim)    # the prediction, and v of the learned variance
@@ -160,7 +139,7 @@ class DiffusionHead(nn.Module):
         for linear in (self.time.fc1, self.time.fc2):
             nn.init.normal_(linear.weight, std=0.02)
         for linear in [block.modulation for block in self.blocks] + [self.modulation, self.output]:
-            nn.init.zeros_(linear.weight)                # every block starts as the identity, the output as zero
+            nn.init.zeros_(linear.weight)             # every block starts as the identity, the output as zero
         self.abar = alphas_cumprod(schedule, T)          # float64, and so on the CPU: mps has none
         self.chains = {}                                 # (steps, device) -> Chain
 
@@ -172,14 +151,14 @@ class DiffusionHead(nn.Module):
             self.chains[key] = Chain(self.abar, times, device)
         return self.chains[key]
 
-    def condition(self, z, level):
-        """z (..., D), level (..., 1) or (1, 1): the part of the condition that does not change with t -> (..., W)."""
-        return self.cond(z) + self.level(level)
+    def condition(self, z, k_in):
+        """The part of the condition that does not change with t: z (..., D), k_in a number -> (..., W)."""
+        return self.cond(z) + self.level(z.new_full((1,), k_in))
 
     def forward(self, xt, time, condition):
         """
-        Tokens (..., C), time embedding (..., W) or (1, W), condition (..., W) -> prediction and v, float32 (..., C). A joint
-        head takes the tokens of B bands, (B, N, C).
+        Tokens (..., C), time embedding (..., W) or (1, W), condition (..., W) -> prediction and v, float32
+        (..., C). A joint head takes the tokens of B bands, (B, N, C).
         """
         h = self.input(xt)                                                           # (..., W)
         y = F.silu(time + condition)                                                 # (..., W)
@@ -189,19 +168,26 @@ class DiffusionHead(nn.Module):
         return self.output(self.norm(h) * (1 + scale) + shift).float().chunk(2, dim=-1)
 
     def to_x0(self, prediction, xt, alpha, sigma):
-        """The clean token that a prediction implies, of the noise or of v = alpha noise - sigma x_0 (Salimans & Ho 2022)."""
+        """
+        The clean token that a prediction implies, of the noise or of v = alpha noise - sigma x_0 (Salimans &
+        Ho 2022).
+        """
         return (xt - sigma * prediction) / alpha if self.predict == "eps" else alpha * xt - sigma * prediction
 
     def draw_times(self, kind, draw, B, *shape, mean=0.0):
-        """Steps t to train on, LongTensor (B, *shape): `uniform` (DDPM), or `logit-normal` (Esser et al. 2024, section 3.1)."""
-        u = draw(torch.rand, B, *shape) if kind == "uniform" else (draw(torch.randn, B, *shape) + mean).sigmoid()
+        """
+        Steps t to train on, LongTensor (B, *shape): `uniform` (DDPM), or `logit-normal` (Esser et al. 2024,
+        section 3.1), more often in the middle.
+        """
+        uniform = kind == "uniform"
+        u = draw(torch.rand, B, *shape) if uniform else (draw(torch.randn, B, *shape) + mean).sigmoid()
         return (u * len(self.abar)).long().clamp(max=len(self.abar) - 1)
 
     def loss(self, x0, condition, t, noise):
         """
-        Nichol & Dhariwal 2021 eq. 16: squared error of the prediction, and the variational term in bits, which only
-        trains the variance. Clean tokens and noise (..., C), condition (..., W), steps t (...), for a joint head (B, 1).
-        -> both terms, (...).
+        Nichol & Dhariwal 2021 eq. 16: squared error of the prediction, and the variational term in bits,
+        which only trains the variance. Clean tokens and noise (..., C), condition (..., W), steps t (...),
+        for a joint head (B, 1). -> both terms, (...).
         """
         chain = self.chain()
         alpha, sigma = chain.at(t, "alpha", "sigma")
@@ -219,8 +205,9 @@ class DiffusionHead(nn.Module):
 
     def predict_guided(self, xt, time, condition, guidance):
         """
-        One network call; with guidance != 1 the condition holds the conditional tokens, then the unconditional ones,
-        and the prediction is u + guidance (c - u) (Ho & Salimans 2022 eq. 6). xt (..., C) -> prediction, v, (..., C).
+        One network call; with guidance != 1 the condition holds the conditional tokens, then the
+        unconditional ones, and the prediction is u + guidance (c - u) (Ho & Salimans 2022 eq. 6). xt (..., C)
+        -> prediction, v, (..., C).
         """
         if guidance == 1:
             return self(xt, time, condition)
@@ -228,64 +215,78 @@ class DiffusionHead(nn.Module):
         c, u = prediction.chunk(2)
         return u + guidance * (c - u), v.chunk(2)[0]
 
-    def sample(self, condition, noise, steps, sampler="ddpm", guidance=1.0, temperature=1.0):
+    def sample(self, condition, noise, steps, sampler="ddpm", guidance=1.0, temperature=1.0, hold=None):
         """
-        Draw tokens. condition (B, N, W), or (2B, N, W) with guidance != 1; noise (B, n, N, C) unit normals, n from `n_noise`;
-        -> (B, N, C). `ddpm` is ancestral sampling with the learned variance, its noise scaled by the temperature; `ddim`
-        (Song et al. 2021, eta = 0) and `dpmpp` (DPM-Solver++(2M), Lu et al. 2022 algorithm 2) are deterministic given
-        the first noise, which the temperature scales.
+        Draw tokens -> (B, N, C). condition (B, N, W), or (2B, N, W) with guidance != 1; noise() gives fresh
+        unit normals (B, N, C). `hold`: the predicted x_0 is kept within +- hold, as DDPM's code clips it: at
+        the end of the chain x_0 = (x_t - sigma noise) / alpha multiplies the network's error by up to 20,000.
+        Latents have unit variance.
         """
         chain = self.chain(sampling_times(self.abar, steps, sampler, self.predict))
-        embedded = self.time(chain.times.to(noise.device))                           # (S, W), once for all tokens
-        run = {"ddpm": self._ddpm, "ddim": self._ddim, "dpmpp": self._dpmpp}[sampler]
-        return run(chain, embedded, condition, noise.float(), guidance, temperature)
+        embedded = self.time(chain.times.to(condition.device))                   # (S, W), once for all tokens
 
-    def _ddpm(self, chain, embedded, condition, noise, guidance, temperature):
-        x = noise[:, 0]
-        for s in reversed(range(len(chain.times))):
+        def denoise(x, s):
+            """x_s (B, N, C) -> the clean tokens that the network sees in it, and its v."""
             prediction, v = self.predict_guided(x, embedded[s:s + 1], condition, guidance)
-            x = chain.posterior_mean(self.to_x0(prediction, x, *chain.at(s, "alpha", "sigma")), x, s)
-            if s > 0 and temperature:
-                x = x + (0.5 * chain.log_variance(v, s)).exp() * temperature * noise[:, s]
-        return x
+            x0 = self.to_x0(prediction, x, *chain.at(s, "alpha", "sigma"))
+            return (x0 if hold is None else x0.clamp(-hold, hold)), v
 
-    def _ddim(self, chain, embedded, condition, noise, guidance, temperature):
-        x = noise[:, 0] * temperature
-        for s in reversed(range(len(chain.times))):
-            alpha, sigma = chain.at(s, "alpha", "sigma")
-            x0 = self.to_x0(self.predict_guided(x, embedded[s:s + 1], condition, guidance)[0], x, alpha, sigma)
-            if s > 0:
-                alpha_next, sigma_next = chain.at(s - 1, "alpha", "sigma")
-                x = alpha_next * x0 + sigma_next / sigma * (x - alpha * x0)          # DDIM eq. 12 with eta = 0
-        return x0
-
-    def _dpmpp(self, chain, embedded, condition, noise, guidance, temperature):
-        x, before, h_before = noise[:, 0] * temperature, None, None
-        for s in reversed(range(len(chain.times))):
-            alpha, sigma = chain.at(s, "alpha", "sigma")
-            x0 = self.to_x0(self.predict_guided(x, embedded[s:s + 1], condition, guidance)[0], x, alpha, sigma)
-            if s > 0:
-                alpha_next, sigma_next = chain.at(s - 1, "alpha", "sigma")
-                h = ((alpha_next / sigma_next) / (alpha / sigma)).log()              # step in half the log-SNR
-                d = x0 if before is None else x0 + h / (2 * h_before) * (x0 - before)
-                x = sigma_next / sigma * x - alpha_next * torch.expm1(-h) * d
-                before, h_before = x0, h
-        return x0
+        return {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp}[sampler](chain, denoise, noise, temperature)
 
 
-def n_noise(steps, sampler):
-    """How many unit normals per token number a sampler needs: the start, and one per step if it is ancestral."""
-    return steps if sampler == "ddpm" else 1
+# ---- samplers: denoise(x_s, s) -> x_0 and v; s counts down over the steps of the chain
+
+def ddpm(chain, denoise, noise, temperature):
+    """
+    Ancestral sampling with the learned variance (Ho et al. 2020, algorithm 2); the temperature scales its
+    noise.
+    """
+    x = noise()
+    for s in reversed(range(len(chain.times))):
+        x0, v = denoise(x, s)
+        x = chain.posterior_mean(x0, x, s)
+        if s > 0 and temperature:
+            x = x + (0.5 * chain.log_variance(v, s)).exp() * temperature * noise()
+    return x
+
+
+def ddim(chain, denoise, noise, temperature):
+    """
+    Song et al. 2021, eq. 12 with eta = 0: deterministic given the first noise, which the temperature scales.
+    """
+    x = noise() * temperature
+    for s in reversed(range(len(chain.times))):
+        x0, _ = denoise(x, s)
+        if s > 0:
+            (alpha, sigma), (alpha_next, sigma_next) = (chain.at(i, "alpha", "sigma") for i in (s, s - 1))
+            x = alpha_next * x0 + sigma_next / sigma * (x - alpha * x0)
+    return x0
+
+
+def dpmpp(chain, denoise, noise, temperature):
+    """
+    DPM-Solver++(2M), Lu et al. 2022, algorithm 2: second order, for few steps; temperature as in `ddim`.
+    """
+    x, before, h_before = noise() * temperature, None, None
+    for s in reversed(range(len(chain.times))):
+        x0, _ = denoise(x, s)
+        if s > 0:
+            (alpha, sigma), (alpha_next, sigma_next) = (chain.at(i, "alpha", "sigma") for i in (s, s - 1))
+            h = ((alpha_next / sigma_next) / (alpha / sigma)).log()                 # step in half the log-SNR
+            d = x0 if before is None else x0 + h / (2 * h_before) * (x0 - before)
+            x = sigma_next / sigma * x - alpha_next * torch.expm1(-h) * d
+            before, h_before = x0, h
+    return x0
 
 
 def sampling_times(abar, steps, sampler, predict="v"):
     """
-    The steps t of sampling, increasing, LongTensor (S,), for cumulated signal `abar` (T,). `ddpm`: evenly spaced from 0 to
-    T - 1, as the released code. The solvers: evenly spaced and ending at T - 1, but starting at T/S - 1, from where they
-    jump to the clean token. On a known mixture this halves the error of dpmpp at 10 steps against starting at 0, and
-    beats even steps in log-SNR. Where the network predicts noise they leave out the end of the chain that has less than a
-    thousandth of the signal: there x_0 = (xt - sigma noise) / alpha multiplies the network's errors by up to 20,000.
-    Raises ValueError unless 1 <= steps <= T.
+    The steps t of sampling, increasing, LongTensor (S,), for cumulated signal `abar` (T,). `ddpm`: evenly
+    spaced from 0 to T - 1, as the released code. The solvers: evenly spaced and ending at T - 1, but starting
+    at T/S - 1, from where they jump to the clean token. On a known mixture this halves the error of dpmpp at
+    10 steps against starting at 0, and beats even steps in log-SNR. Where the network predicts noise they
+    leave out the end of the chain that has less than a thousandth of the signal: there x_0 = (xt - sigma
+    noise) / alpha multiplies the network's errors by up to 20,000. Raises ValueError unless 1 <= steps <= T.
     """
     T = len(abar)
     if not 1 <= steps <= T:

@@ -1,548 +1,546 @@
 """
 Train FAR: data -> tokenizer (trained if there is none) -> latents (cached once) -> FAR -> pictures.
 
-    python train.py                                          # built-in shapes, 2 CPU cores, minutes
+    python train.py                                          # built-in shapes, on 2 CPU cores in minutes
     python train.py --data fashion_mnist                     # 70,000 real images
-    python train.py --data cifar10 --model far_s             # one GPU
-    python train.py --data ~/photos --size 256 --model far_b # a folder of images, subfolders are classes
-    python train.py --layout paper                           # the method as released by the authors
     python train.py --text                                   # text to image: drawn scenes with captions
+    python train.py --model far_b                 # the paper's FAR-B, on a GPU: a sanity run of about an hour
+    python train.py --data cifar10 --model far_s             # one GPU
+    python train.py --data ~/imagenet --size 256 --tokenizer kl16.ckpt --model far_b  # the paper's 400 epochs
     python train.py --text Qwen/Qwen2-1.5B --data ~/captioned --size 256 --tokenizer kl16.ckpt --model far_t2i
-    torchrun --nproc_per_node 8 train.py --data ...          # several GPUs; --fsdp if the model does not fit into one
+    torchrun --nproc_per_node 8 train.py ...                 # several GPUs
 
-Everything lands in --out. The same command again continues where the last one stopped.
+Everything lands in --out. The same command again continues where the last one stopped, bit for bit on a CPU.
 """
 import json
 import math
 import os
+import shlex
 import signal
 import time
-from argparse import RawDescriptionHelpFormatter
+from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
 from copy import deepcopy
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import (InputError, OneLineParser, barrier, command_line, first_process_first, join_processes, load_checkpoint,
-                    loader_threads, peak_memory, pick_device, previous, save_checkpoint, seed_number, write_atomically)
-from data import load_data, reading
-from evaluate import Judge, check_progress, draw_progress
-from far import LAYOUTS, PRESETS, FARConfig, Randomness, preset_fields
-from mar import make_model
+from common import (InputError, OneLineParser, autocast, command_line, duration, epochs, faster_dtype,
+                    hold_lock, join_processes, load_checkpoint, number, pick_device, positive, prefetch,
+                    previous, reading, save_checkpoint, seed_number, step_generator, whole_numbers,
+                    write_atomically)
+from data import load_data
+from far import FAR, LAYOUTS, PRESETS, FARConfig, Randomness, default_layout, make_config
 from muon import Muon
-from sample import save_reconstructions, save_samples
-from text import encode, load_encoder, text_source
-from tokenizer import STEPS as TOKENIZER_STEPS
-from tokenizer import (autocast, cache_latents, default_config, epoch_indices, faster_dtype, fingerprint, held_out_psnr,
-                       is_trained, load_exactly, load_tokenizer, save_tokenizer, tokenizer_path, train_tokenizer)
+from sample import draw_pictures, draw_reconstructions
+from text import load_encoder, text_source
+from tokenizer import (cache_latents, default_config, fingerprint, fit_to_data, get_tokenizer, load_tokenizer,
+                       save_tokenizer, time_step, tokenizer_path)
 
 
-def get_args():
-    parser = OneLineParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+def get_args(argv=None):
+    parser = OneLineParser(prog="train.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     # what to train on
-    add("--data", help="shapes, fashion_mnist, cifar10, imagenet64, or a folder of images; for --text: shapes_text or a folder")
-    add("--text", nargs="?", const="bytes",
-        help="train on captions, with the encoder `bytes` (trained with the model) or a Qwen2 model by name or folder")
-    add("--size", type=int, help="side of the images in pixels; by default the data's own")
+    add("--data", help="shapes, fashion_mnist, cifar10, imagenet64, or a folder of images")
+    add("--text", nargs="?", const="bytes", metavar="ENCODER",
+        help="train on captions; with `bytes`, a part of the model, or a Qwen2 by name or folder")
+    add("--size", type=positive, help="side of the images in pixels; by default the data's own")
     add("--data-dir", default="data", help="where data sets, tokenizers and cached latents are kept")
-    add("--skip-bad", action="store_true", help="leave out images that cannot be read (counted) instead of stopping")
-    # the tokenizer
-    add("--tokenizer", help="a tokenizer.pt, or the published kl16.ckpt; by default one is trained, once per data and size")
-    add("--stride", type=int, help="pixels per token side: 4, 8 or 16; by default it follows the size")
-    add("--tokenizer-steps", type=int,
-        help=f"optimizer steps of a new tokenizer ({TOKENIZER_STEPS}, fewer if --steps is below a tenth)")
+    add("--skip-bad", action="store_true", help="leave out images that cannot be read instead of stopping")
+    add("--mirror", action="store_true", help="show every image of a folder mirrored, half of the time")
+    add("--tokenizer", help="a tokenizer.pt, or the published kl16.ckpt; by default one is trained")
     # the model
-    add("--model", help=f"size: {', '.join(PRESETS)}; by default far_tiny, with --text far_tiny_t2i")
-    add("--layout", default="band", help="band (ours), paper (the released method), random or raster (the baseline of mar.py)")
+    add("--model", choices=list(PRESETS), help="size; by default far_tiny, with --text far_tiny_t2i")
+    add("--layout", choices=list(LAYOUTS), help="by default paper for the paper's sizes, band for others")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE",
-        help="change single fields of FARConfig, e.g. bands=1,2,4,8 lowpass=fft")
+        help="change fields of FARConfig or of the recipe, e.g. bands=1,2,4,8 lowpass=fft lr=1e-3")
     # the run
     add("--out", help="folder of the run; by default runs/DATA_MODEL")
-    add("--steps", type=int, help="optimizer steps; by default the preset's")
-    add("--batch", type=int, help="images per step on each device; by default the preset's")
-    add("--accum", type=int, default=1, help="batches per optimizer step: less memory, same effective batch")
-    add("--lr", type=float, help="learning rate; by default the preset's")
+    add("--steps", type=positive, help="optimizer steps; warm-up and the tokenizer scale with them")
+    add("--batch", type=positive, help="images per step on each device; by default the preset's")
+    add("--accum", type=positive, default=1, help="batches per optimizer step: less memory")
     add("--seed", type=seed_number, default=0, help="of weights, order and noise")
     add("--device", help="cuda, mps or cpu; by default the best there is")
-    add("--dtype", choices=("bf16", "fp32"), help="arithmetic of the networks; by default the faster one here")
-    add("--compile", action="store_true", help="torch.compile the blocks: slower start, faster steps on a GPU")
-    add("--fsdp", action="store_true",
-        help="under torchrun: every process holds its share of weights, average and optimizer (FSDP2)")
-    add("--checkpoint-activations", action="store_true",
-        help="compute blocks again going backward: less memory, a third more work")
-    add("--save-every", type=int, default=500, help="steps between checkpoints, and between pictures")
-    add("--eval-every", type=int, metavar="N",
-        help="every N steps score 1,000 samples (see evaluate.py) into metrics.jsonl and progress.png")
-    args = parser.parse_args()
+    add("--dtype", choices=("bf16", "fp32"), help="arithmetic; by default the faster one here")
+    add("--compile", action="store_true", help="torch.compile the blocks: faster steps on a GPU")
+    args = parser.parse_args(argv)
     args.data = args.data or ("shapes_text" if args.text else "shapes")
     args.model = args.model or ("far_tiny_t2i" if args.text else "far_tiny")
+    args.layout = args.layout or default_layout(args.model)
+    args.data_dir = os.path.abspath(args.data_dir)
     return args
 
 
-# Training of a size. The paper's (FAR, implementation details): lr 1e-4 per 256 images, 100 warm-up epochs, then constant,
-# 400 epochs, batch 1024, EMA 0.9999. The small ones: minutes on two CPU cores, one cosine, Muon.
-PAPER = dict(epochs=400, warmup_epochs=100, batch=64, lr=1e-4, lr_per=256, cosine=False)
+# ---- the recipe
+
+# The paper's sizes (FAR, implementation details): AdamW, lr 1e-4 per 256 images, warm-up for a quarter of the
+# run, then constant, 400 epochs, EMA 0.9999, clip 3. The small ones: minutes on two CPU cores, one cosine,
+# Muon.
+PAPER = dict(epochs=400, batch=128, lr=1e-4, lr_per=256, warmup=0.25, cosine=False, muon=False, ema=0.9999,
+             clip=3.0)
+SMALL = dict(batch=128, lr=1e-2, warmup=0.05, cosine=True, muon=True, ema=0.9999, clip=3.0)
 RECIPES = {
-    "far_nano": dict(steps=3000, warmup=100, batch=32, lr=1e-2, cosine=True, muon=True),
-    "far_tiny": dict(steps=2000, warmup=100, batch=128, lr=1e-2, cosine=True, muon=True),
-    "far_s": dict(steps=100_000, warmup=1000, batch=128, lr=5e-4, cosine=True),
-    "far_t2i": dict(PAPER, epochs=100, ema=0.99),
-    "far_tiny_t2i": dict(steps=2000, warmup=100, batch=128, lr=8e-3, cosine=True, muon=True),
+    "far_nano": dict(SMALL, steps=3000, batch=32),
+    "far_tiny": dict(SMALL, steps=2000),
+    "far_tiny_t2i": dict(SMALL, steps=2000, lr=8e-3),
+    "far_s": dict(SMALL, steps=100_000, lr=5e-4, muon=False, warmup=0.01),
+    "far_t2i": dict(PAPER, epochs=100, ema=0.99, clip=1.0),
 }
+TOKENIZER_STEPS = 2500
+HOUR = 3600 * 0.4 * 400e12       # floating-point operations of an hour on a current GPU: 40% of 400 TFLOP/s
 
 
-def model_config(args, data, tokenizer_cfg, encoder=None):
-    """FARConfig from preset, layout, data, tokenizer, text encoder and --set. Raises InputError."""
-    if args.model not in PRESETS:
-        raise InputError(f"--model {args.model} is not known; there are {', '.join(PRESETS)}")
-    if args.layout not in LAYOUTS:
-        raise InputError(f"--layout {args.layout} is not known; there are {', '.join(LAYOUTS)}")
-    values = dict(latent_size=tokenizer_cfg.latent_size, latent_dim=tokenizer_cfg.latent_dim, n_class=data.n_class,
-                  **preset_fields(args.model, args.layout, tokenizer_cfg.latent_size))
-    values["text_dim"] = 0 if not args.text else encoder.width if encoder else values["width"]
-    values["byte_depth"] = values.get("byte_depth", 2) if args.text and not encoder else 0
-    known = {f.name: f.type for f in fields(FARConfig)}
-    for item in args.set:
-        name, _, text = item.partition("=")
-        if name in ("latent_size", "latent_dim", "n_class", "text_dim", "byte_depth", "order"):
-            raise InputError(f"--set {item}: {name} follows from the data, the tokenizer, --text and --layout")
-        if name not in known or not text:
-            raise InputError(f"--set {item}: NAME=VALUE with NAME one of {', '.join(known)}")
-        try:
-            values[name] = tuple(int(k) for k in text.split(",")) if known[name] is tuple else known[name](text)
-        except ValueError:
-            raise InputError(f"--set {item}: {text} is not a valid {known[name].__name__}")
-    try:
-        return FARConfig(**values)
-    except ValueError as error:
-        raise InputError(str(error))
+def make_recipe(args, changes, cfg, n_images, world):
+    """
+    The training recipe as plain numbers: the preset's, with what the command line says instead. The paper's
+    sizes train for its epochs on a data set like ImageNet, of a million images, and elsewhere for an hour of
+    a GPU.
+    """
+    recipe = {"tokenizer": TOKENIZER_STEPS, "lr_per": None, **RECIPES.get(args.model, PAPER), **changes}
+    recipe["batch"] = args.batch or recipe["batch"]
+    recipe["effective"] = effective = recipe["batch"] * args.accum * world
+    n_epochs = recipe.pop("epochs", None)
+    if args.steps:
+        recipe["steps"] = args.steps
+    elif n_epochs and n_images >= 1_000_000:
+        recipe["steps"] = n_epochs * n_images // effective
+    elif n_epochs:
+        recipe["steps"] = max(1, round(HOUR / (count_flops(cfg, 4) / 4 * recipe["batch"] * args.accum)))
+    recipe["warmup"] = math.ceil(recipe["warmup"] * recipe["steps"])
+    recipe["tokenizer"] = min(recipe["tokenizer"], max(10, 5 * recipe["steps"] // 4))
+    if recipe["lr_per"]:
+        recipe["lr"] *= effective / recipe["lr_per"]
+    if not (recipe["lr"] > 0 and recipe["clip"] > 0 and 0 <= recipe["ema"] < 1 and recipe["tokenizer"] > 0):
+        raise InputError("--set: lr, clip and tokenizer must be above 0, ema from 0 to below 1")
+    return recipe
 
 
-def get_tokenizer(args, data, cfg, steps, device, rank):
-    """The tokenizer for this data and size, trained now (by rank 0, the others wait) if there is none yet."""
-    path = tokenizer_path(args.data_dir, data, cfg, steps)
-    if rank == 0 and not is_trained(path):
-        os.makedirs(args.data_dir, exist_ok=True)
-        tokenizer = train_tokenizer(data, cfg, path, steps, seed=args.seed, device=device, dtype=args.dtype)
-        held_out = load_data(args.data, args.size, args.data_dir, "test", args.skip_bad, workers=loader_threads())
-        print(f"tokenizer: {held_out_psnr(tokenizer, held_out, dtype=args.dtype):.1f} dB PSNR on held-out images ({path})")
-    barrier()
-    return load_tokenizer(path)
+def count_flops(cfg, batch, build=FAR):
+    """
+    Floating-point operations of a training step without the optimizer's, counted by torch without running it.
+    """
+    with torch.device("meta"):
+        model = build(cfg)
+        inputs = some_inputs(cfg, batch, "meta")
+    count = FlopCounterMode(display=False)
+    with count:
+        model(*inputs)[0].backward()
+    return count.get_total_flops()
 
 
-def fit_tokenizer(cfg, data, path):
-    """The given tokenizer's config at the data's size; raises InputError if it cannot encode this data."""
-    if cfg.image_channels != data.channels:
-        raise InputError(f"{path} is for {cfg.image_channels}-channel images, {data.name} has {data.channels}")
-    if cfg.shortcut and cfg.image_size != data.size:                     # the published network takes any size
-        raise InputError(f"{path} was trained for images of {cfg.image_size} px, {data.name} has {data.size}: "
-                         "train one for this size")
-    if data.size % cfg.stride:
-        raise InputError(f"images of {data.size} px are not a multiple of the stride {cfg.stride} of {path}")
-    return replace(cfg, image_size=data.size)
+def some_inputs(cfg, batch, device):
+    """Arguments of FAR.forward for a batch of random latents, of class 0 or with a text of twenty tokens."""
+    x = torch.randn(batch, cfg.latent_dim, cfg.latent_size, cfg.latent_size, device=device)
+    labels = torch.zeros(batch, dtype=torch.long, device=device)
+    text = None
+    if cfg.text_dim:
+        width, kind = (12, torch.uint8) if cfg.byte_depth else (cfg.text_dim, torch.float32)
+        text = (torch.ones(batch, 20, width, dtype=kind, device=device),
+                torch.ones(batch, 20, dtype=torch.bool, device=device))
+    return x, Randomness(0, 0, device), labels, text
 
 
 def learning_rate(step, recipe):
-    """Linear warm-up, then constant or a cosine to zero."""
+    """Linear warm-up, then constant (FAR) or a cosine to zero."""
     warm = min(1, (step + 1) / max(recipe["warmup"], 1))
-    return recipe["lr"] * warm * (0.5 * (1 + math.cos(math.pi * step / recipe["steps"])) if recipe["cosine"] else 1)
+    shape = 0.5 * (1 + math.cos(math.pi * step / recipe["steps"])) if recipe["cosine"] else 1
+    return recipe["lr"] * warm * shape
+
+
+def make_optimizer(model, recipe, weight_decay=0.02):
+    """
+    AdamW as in FAR: weight decay on whatever has two or more dimensions, but not on the diffusion head. With
+    `muon` (see muon.py) the matrices of all blocks, the head's too, take its steps, and they alone are
+    decayed.
+    """
+    hidden = ("encoder.", "decoder.", "head.blocks.", "text_encoder.blocks.")
+    matrices, decayed, free = [], [], []
+    for name, p in model.named_parameters():
+        if recipe["muon"] and p.ndim == 2 and name.startswith(hidden):
+            matrices.append(p)
+        elif recipe["muon"] or p.ndim < 2 or name.startswith("head."):
+            free.append(p)
+        else:
+            decayed.append(p)
+    groups = [dict(params=matrices, matrices=True, weight_decay=weight_decay),
+              dict(params=decayed, weight_decay=weight_decay), dict(params=free, weight_decay=0.0)]
+    groups = [group for group in groups if group["params"]]
+    fused = free[0].device.type in ("cpu", "cuda")
+    return Muon(groups, lr=recipe["lr"], betas=(0.9, 0.95), fused=fused)
 
 
 @torch.no_grad()
-def update_ema(ema, model, step, decay=0.9999):
-    """Exponential moving average of the weights. A flat 0.9999 would be mostly initial noise for 7,000 steps, so it warms up."""
+def update_ema(ema, model, step, decay):
+    """
+    Moving average of the weights. A flat 0.9999 would be mostly initial noise for 7,000 steps, so it warms
+    up.
+    """
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def draw_latents(latents, indices, scale, draw, device):
-    """A fresh sample of the posterior of each image, scaled to unit variance: (B, C, H, H) float32."""
-    views = torch.from_numpy(latents[indices.numpy()]).to(device).float()                        # (B, views, 2, C, H, H)
-    view = (draw(torch.rand, len(views)) * views.shape[1]).long()                                # mirrored or not
-    mean, logvar = views[torch.arange(len(views), device=device), view].unbind(1)                # (B, C, H, H) each
-    return scale * (mean + (0.5 * logvar).exp() * draw(torch.randn, *mean.shape))
+# ---- one step
 
-
-def make_recipe(args, n_images, world):
-    """The training recipe as plain numbers: the preset's, with what the command line says instead. See RECIPES."""
-    recipe = dict(RECIPES.get(args.model, PAPER))
-    recipe.update({name: value for name in ("steps", "batch", "lr") if (value := getattr(args, name)) is not None})
-    if min(recipe["batch"], args.accum, recipe.get("steps", 1)) < 1 or not 0 < recipe["lr"] < math.inf:
-        raise InputError("--steps, --batch, --accum and --lr must be positive")
-    effective = recipe["batch"] * args.accum * world
-    per_epoch = max(1, n_images // effective)
-    if "epochs" in recipe:                                               # a recipe in epochs, lr per 256 images
-        recipe.setdefault("steps", recipe.pop("epochs") * per_epoch)
-        recipe["warmup"] = recipe.pop("warmup_epochs") * per_epoch
-        recipe["lr"] = recipe["lr"] * effective / 256 if args.lr is None else args.lr
-    return recipe
-
-
-def make_optimizer(model, lr, muon=False, bf16=False, weight_decay=0.02):
+def train_step(run, batches, step):
     """
-    AdamW as in FAR: no weight decay on biases, norms, single vectors and the diffusion head. With `muon` (see muon.py) the
-    matrices of all blocks, the head's too, take its steps, weight decay with them, in `bf16` if that is the arithmetic.
+    One optimizer step of run.model over micro-batches [(x, draw, labels, text)]. Nothing here waits for the
+    device: what comes back are tensors on it, the loss, the error of every band, and the norm of the
+    gradient, (2 + L,).
     """
-    single = ("_pos", "mask_token", "null_cond", "null_text")
-    hidden = ("encoder.", "decoder.", "head.blocks.", "text_encoder.blocks.")
-    groups = dict(matrices=[], decayed=[], free=[])
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            kind = "matrices" if muon and p.ndim == 2 and name.startswith(hidden) else \
-                   "free" if p.ndim < 2 or name.startswith("head.") or name.endswith(single) else "decayed"
-            groups[kind].append(p)
-    groups = [dict(params=params, matrices=kind == "matrices", weight_decay=0.0 if kind == "free" else weight_decay)
-              for kind, params in groups.items() if params]
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    return Muon(groups, bf16, lr=lr, betas=(0.9, 0.95), fused=fused)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(step, run.recipe)
+    losses = []
+    for i, batch in enumerate(batches):
+        if run.world > 1:                               # gradients are shared once, with the last micro-batch
+            run.model.require_backward_grad_sync = i == len(batches) - 1
+        with autocast(run.device, run.dtype):
+            loss, errors = run.model(*batch)
+        (loss / len(batches)).backward()
+        losses.append(torch.cat([loss.detach()[None], errors]))
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe["clip"])
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    update_ema(run.ema, run.model, step, run.recipe["ema"])
+    return torch.cat([torch.stack(losses).nanmean(dim=0), norm.detach()[None]])
 
 
-def time_step(model, batch, optimizer, text=None):
+class Batches:
     """
-    Seconds of one training step on random latents, and the text of a batch if any, after a warm-up. With an optimizer of
-    learning rate 0 it changes nothing.
+    The batches of a run from cached latents: draws[number] is a function of (seed, number). A thread works
+    ahead: it reads the one view of each image that is needed, into memory that a GPU can copy without
+    waiting.
     """
-    cfg, device = model.cfg, model.band_std.device
-    x = torch.randn(batch, cfg.latent_dim, cfg.latent_size, cfg.latent_size, device=device)
-    for step in range(2):
-        start = time.time()
-        model(x, Randomness(0, step, device), torch.zeros(batch, dtype=torch.long, device=device), text)[0].backward()
-        optimizer.step()
-        model.zero_grad(set_to_none=True)
-    return time.time() - start
+
+    def __init__(self, latents, labels, texts, scale, seed, batch, device, rank=0, world=1):
+        self.latents, self.labels, self.texts, self.scale = latents, labels, texts, scale
+        self.seed, self.batch, self.device, self.rank, self.world = seed, batch, device, rank, world
+
+    def __call__(self, start):
+        """
+        Micro-batches from number `start` on, without end: (x, draw, labels, text), the arguments of
+        FAR.forward.
+        """
+        whole = self.batch * self.world
+        numbered = enumerate(epochs(start * whole, whole, len(self.labels), self.seed), start)
+        for number, *parts in prefetch(self.read, numbered, ahead=3):
+            mean, logvar, labels, *text = (part.to(self.device, non_blocking=True) for part in parts)
+            draw = Randomness(self.seed + 1, number, self.device, self.rank, self.world)
+            # a fresh sample of each image's posterior, scaled to unit variance
+            x = self.scale * (mean.float() + (0.5 * logvar.float()).exp() * draw(torch.randn, *mean.shape))
+            yield x, draw, labels, tuple(text) or None
+
+    def read(self, numbered):
+        """
+        (number, indices of the global batch) -> number and this rank's part of it, tensors in host memory.
+        """
+        number, everyone = numbered
+        mine = slice(self.rank * self.batch, (self.rank + 1) * self.batch)
+        chance = Randomness(self.seed + 2, number)
+        u, indices = chance(torch.rand, 2 * len(everyone)).view(2, -1)[:, mine], everyone[mine]
+        view = (u[0] * self.latents.shape[1]).long()                                      # mirrored or not
+        moments = torch.from_numpy(self.latents[indices.tolist(), view.tolist()])    # (B, 2, C, H, H) float16
+        parts = [moments[:, 0], moments[:, 1], self.labels[indices]]
+        parts += self.texts(indices, u[1]) if self.texts else []
+        if self.device.type == "cuda":
+            parts = [part.pin_memory() for part in parts]
+        return number, *parts
 
 
-def duration(seconds):
-    """90 -> "1.5 minutes"."""
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+# ---- the loop
+
+def fit(run):
+    """
+    Train run.model from run.start to the end of the recipe. Every 50 steps, and on Ctrl-C or SIGTERM, it
+    looks: values are read from the device, logged and checked; now and then the run is saved and pictures are
+    drawn. False if it was stopped.
+    """
+    stop, rows, waited, since, saved_at = [], [], 0.0, time.time(), time.time()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stop.append(1))
+    steps, stream = run.recipe["steps"], run.batches(run.start * run.accum)
+    bar = tqdm(range(run.start, steps), "FAR", steps, initial=run.start, unit="step", disable=run.rank > 0)
+    for step in bar:
+        clock = time.time()
+        micro = [next(stream) for _ in range(run.accum)]
+        waited += time.time() - clock
+        if run.ema.cfg.dropout:
+            torch.manual_seed((run.seed * 1_000_003 + step) * run.world + run.rank)
+        rows.append(train_step(run, micro, step))
+        done = step + 1
+        if not (done % 50 == 0 or done == steps or (stop and run.world == 1)):
+            continue
+        values, stopping = read_values(rows, run), mean_of_all(float(len(stop)), run) > 0
+        if not math.isfinite(values[-1]):
+            raise InputError(f"the loss or its gradient is not finite between steps {done - len(rows)} and "
+                             f"{done}: try --dtype fp32, or --set lr={run.recipe['lr'] / 3:.1e}; what "
+                             f"{run.out} holds is from before")
+        if run.rank == 0:
+            seconds = time.time() - since
+            log(run, bar, done, values, run.recipe["effective"] * len(rows) / seconds, waited / seconds)
+            late = done % 500 == 0 if run.light else time.time() - saved_at > 1800
+            if late or stopping or done == steps:
+                run.save(done)
+                saved_at = time.time()
+                if not stopping:
+                    draw_pictures(run.shown, run.out, run.seed)
+        rows, waited, since = [], 0.0, time.time()
+        if stopping:
+            return False
+    return True
 
 
-def lock_folder(out):
-    """Hold a lock on the run's folder until the process ends; raise InputError if another process holds it."""
+def read_values(rows, run):
+    """
+    Loss, error of every band, gradient norm: means over the last steps and all processes, a list of floats.
+    """
+    rows = torch.stack(rows)
+    mean = rows.nanmean(dim=0)                                          # nan: a band that no step has trained
+    mean[-1] = rows[:, -1].mean()                                    # but a gradient that is nan must be seen
+    return mean_of_all(mean, run).tolist()
+
+
+def mean_of_all(value, run):
+    """The mean of a tensor or number over all processes."""
+    value = torch.as_tensor(value, device=run.device)
+    if run.world > 1:
+        dist.all_reduce(value)
+    return value / run.world
+
+
+def log(run, bar, done, values, rate, waiting):
+    """One line of metrics.jsonl, and the text beside the bar."""
+    loss, *errors, norm = values
+    errors = [None if math.isnan(error) else round(error, 6) for error in errors]
+    lr = learning_rate(done - 1, run.recipe)
+    line = dict(step=done, loss=loss, bands=errors, lr=lr, grad_norm=norm, images_per_s=rate, waiting=waiting)
+    with open(os.path.join(run.out, "metrics.jsonl"), "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    shown = " ".join("-" if error is None else f"{error:.2f}" for error in errors)
+    bar.set_postfix_str(f"loss {loss:.3f}, bands {shown}, {rate:.0f} img/s, waiting {waiting:.1%}")
+
+
+def cut_log(path, start):
+    """Drop the lines beyond step `start`, and half a line from a crash: they will be written again."""
+    kept = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            whole = [line for line in file if line.endswith("}\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= start]
+    write_atomically(path, lambda file: file.write("".join(kept).encode()))
+
+
+# ---- the stages of main
+
+def open_inputs(args, device):
+    """
+    Everything the user gave, opened before any long work: training and test images, text encoder, tokenizer.
+    """
+    data, held_out = (
+        load_data(args.data, args.size, args.data_dir, split, text=bool(args.text), skip_bad=args.skip_bad,
+                  mirror=args.mirror or None)
+        for split in ("train", "test"))
+    if "text_dim" in PRESETS[args.model] and not args.text:
+        raise InputError(f"--model {args.model} draws from text: add --text")
+    if args.text and not data.captions:
+        raise InputError(f"--text needs captions and {data.name} has none: put NAME.txt or metadata.jsonl "
+                         "beside the images")
+    encoder = load_encoder(args.text, device) if args.text else None
+    layout = "" if args.layout == default_layout(args.model) else f"_{args.layout}"
+    args.out = args.out or os.path.join("runs", f"{data.name}_{args.model}{layout}")
+    given = args.tokenizer or os.path.join(args.out, "tokenizer.pt")     # a run goes on with its own
+    tokenizer = load_tokenizer(given) if args.tokenizer or os.path.exists(given) else None
+    if tokenizer:
+        fit_to_data(tokenizer, data, given)
+    return data, held_out, encoder, tokenizer
+
+
+def configure(args, data, tokenizer_cfg, encoder, world):
+    """
+    FARConfig and recipe from preset, layout, data, tokenizer, text encoder and --set. Raises InputError.
+    """
+    kinds = {field.name: field.type for field in fields(FARConfig)}
+    for name in ("layout", "latent_size", "latent_dim", "n_class", "text_dim", "byte_depth"):
+        del kinds[name]                                           # these follow from the data and other flags
+    of_recipe = dict(lr=float, ema=float, clip=float, warmup=float, tokenizer=int)
+    kinds.update(of_recipe)
+    changes = {}
+    for item in args.set:
+        name, _, text = item.partition("=")
+        if name not in kinds:
+            raise InputError(f"--set {item}: NAME=VALUE with NAME one of {', '.join(kinds)}")
+        try:
+            kind = {float: number, tuple: whole_numbers}.get(kinds[name], kinds[name])
+            changes[name] = kind(text)
+        except (ValueError, ArgumentTypeError):
+            raise InputError(f"--set {item}: {text!r} is not a valid {kinds[name].__name__}")
+    recipe_changes = {name: changes.pop(name) for name in list(changes) if name in of_recipe}
+    preset = PRESETS[args.model]
+    if args.text:
+        changes["text_dim"] = encoder.width if encoder else preset["width"]
+        changes["byte_depth"] = 0 if encoder else preset.get("byte_depth", 2)
     try:
-        import fcntl                                                     # not on Windows, where nothing is locked
-    except ImportError:
-        return None
-    lock = open(os.path.join(out, "lock"), "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(f"another training is writing to {out}; choose another --out")
-    return lock
+        cfg = make_config(args.model, args.layout, tokenizer_cfg.latent_size, tokenizer_cfg.latent_dim,
+                          data.n_class, **changes)
+    except ValueError as error:
+        raise InputError(str(error))
+    return cfg, make_recipe(args, recipe_changes, cfg, len(data), world)
 
 
-CONTENT = dict(step=int, run=dict, dtype=str, config=dict, model=dict, ema=dict, optimizer=dict, data=dict)    # of a checkpoint
+def announce(args, data, cfg, recipe, world, device):
+    """What will be trained."""
+    others = " or ".join(f"--layout {name}" for name in LAYOUTS if name != args.layout)
+    bands = ",".join(map(str, cfg.bands))
+    print(f"{args.model} in the {args.layout} layout (else: {others}), bands {bands}, on {device}, "
+          f"{args.dtype}\n"
+          f"{data.name}: {len(data):,} images of {data.size} px, {data.n_class} classes, "
+          f"{'mirrored half of the time' if data.flip else 'never mirrored'}\n"
+          f"{recipe['steps']:,} steps of {recipe['effective']} images ({recipe['batch']} a device x "
+          f"{args.accum} accumulated x {world} processes)")
 
 
-def resume_point(path, run, rank=0):
-    """The last whole checkpoint of this run at `path`, or None. A damaged one falls back to the one before, with a warning."""
-    for candidate in (path, previous(path)):
-        if os.path.exists(candidate):
-            try:
-                found = load_checkpoint(candidate, "far")
-                wrong = [key for key, kind in CONTENT.items() if not isinstance(found.get(key), kind)]
-                if wrong:
-                    raise InputError(f"{candidate} is not whole: {', '.join(wrong)} missing or of a wrong type")
-            except InputError as error:
-                print(f"WARNING: {error}" + ("; falling back to the one before" if candidate == path else ""))
-                barrier()
-                if rank == 0:                      # out of the way, or the next save would put it in the place of the good one
-                    os.replace(candidate, f"{candidate}.damaged")
-                continue
-            changed = [key for key in run if found["run"].get(key) != run[key]]
-            if changed:
-                values = [f"{key} ({found['run'].get(key)} there, {run[key]} now)" for key in changed]
-                raise InputError(f"{os.path.dirname(path)} belongs to a run with other settings: "
-                                 f"{'; '.join(v if len(v) < 300 else v[:300] + '...' for v in values)}. Choose another --out")
-            return found
+def estimate(args, data, cfg, recipe, start, tokenizer, tokenizer_cfg, device):
+    """Say how long it will all take, from timed steps, and on a CPU what CPUs are for."""
+    def seconds_of(function):
+        function()                                                # the first call prepares memory and kernels
+        began = time.time()
+        function()
+        return time.time() - began
+
+    model, some = FAR(cfg).to(device), recipe["batch"]
+    if device.type == "cpu":                             # a large model is timed on fewer images
+        some = max(1, min(some, round(2e11 * some / count_flops(cfg, some))))
+    run = SimpleNamespace(model=model, ema=deepcopy(model), optimizer=make_optimizer(model, recipe),
+                          recipe=recipe, device=device, dtype=args.dtype, world=1)
+    inputs = some_inputs(cfg, some, device)
+    times = recipe["batch"] / some * args.accum * (recipe["steps"] - start)
+    stages = {"FAR": times * seconds_of(lambda: train_step(run, [inputs], 0).tolist())}
+    path = tokenizer_path(args.data_dir, data, tokenizer_cfg, recipe["tokenizer"])
+    if not (tokenizer or os.path.exists(path)):
+        stages["tokenizer"] = time_step(tokenizer_cfg, device, args.dtype) * recipe["tokenizer"]
+    print(f"timed steps say about {duration(sum(stages.values()))}: "
+          f"{', '.join(f'{name} {duration(seconds)}' for name, seconds in stages.items())}", flush=True)
+    if device.type == "cpu" and sum(stages.values()) > 7200:
+        print("this is a CPU: far_nano and far_tiny are meant for it (--layout paper for the paper's method)")
+
+
+def resume_point(path, identity, rank=0):
+    """
+    The last whole checkpoint of this run at `path`, or None. If it is damaged, the one before, and it says
+    so.
+    """
+    for candidate in filter(os.path.exists, (path, previous(path))):
+        try:
+            found = load_checkpoint(candidate, "far")
+        except InputError as error:
+            print(f"WARNING: {error}; trying the one before")
+            if rank == 0:                        # out of the way, or the next save would keep it in its place
+                os.replace(candidate, f"{candidate}.damaged")
+            continue
+        changed = [f"{key} ({found['run'].get(key)} there, {identity[key]} now)"
+                   for key in identity if found["run"].get(key) != identity[key]]
+        if changed:
+            raise InputError(f"{os.path.dirname(path)} belongs to a run with other settings: "
+                             f"{'; '.join(text[:300] for text in changed)}. Choose another --out")
+        return found
     return None
 
 
-def over_processes(value):
-    """The sum of a tensor over all processes."""
-    value = value.clone()
-    if dist.is_initialized():
-        dist.all_reduce(value)
-    return value
-
-
-def of_first_process(value):
-    """Process 0's value of a plain object, for all."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
-def means(sums):
-    """sums (2, n), totals and counts -> list of means, None where nothing was counted."""
-    return [None if math.isnan(v) else round(v, 6) for v in (sums[0] / sums[1]).tolist()]
-
-
-# ---- FSDP2: weights, average and optimizer state are DTensors, of which every process holds its rows
-
-def shard(model, dtype):
-    """
-    Share the weights of a FAR among all processes; every block is gathered when it runs. With bf16, blocks are gathered
-    and run in bf16. What is outside of them (embeddings, positions, the head) stays in float32, for casting the whole
-    model's input would round the latents; gradients are added up in float32.
-    """
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32) if dtype == "bf16" else MixedPrecisionPolicy()
-    for block in [*model.encoder, *model.decoder]:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model)
-
-
-def whole(tree, rank):
-    """
-    A state dict with plain tensors in place of shares, so that a checkpoint is the same for any number of processes. All
-    of them must call it; the gathered tensors are on the CPU of process 0, the others get None.
-    """
-    if isinstance(tree, dict):
-        return {key: whole(value, rank) for key, value in tree.items()}
-    if isinstance(tree, DTensor):
-        gathered = tree.full_tensor()
-        return gathered.cpu() if rank == 0 else None
-    return tree
-
-
-def load_optimizer(optimizer, state):
-    """Load a whole optimizer state; where the weights are shares, each process takes its own."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, moments in state["state"].items():
-        p = params[i]
-        for name, value in moments.items():
-            if isinstance(p, DTensor) and value.shape == p.shape:
-                moments[name] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-    optimizer.load_state_dict(state)
-
-
-class Metrics:
-    """metrics.jsonl: one line per interval. After a resume, lines beyond the checkpoint are dropped, so none is double."""
-
-    def __init__(self, path, start):
-        kept = []
-        if os.path.exists(path):
-            with open(path, encoding="utf-8", errors="replace") as file:
-                for line in file:
-                    try:
-                        kept += [line.rstrip("\n") + "\n"] if json.loads(line)["step"] <= start else []
-                    except (ValueError, KeyError, TypeError, RecursionError):
-                        pass                                             # half a line from a crash
-        write_atomically(path, lambda file: file.write("".join(kept).encode()))
-        self.file = open(path, "a", encoding="utf-8")
-
-    def write(self, **values):
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
-
-
-def main():
-    args = get_args()
-    rank, world, device = join_processes(pick_device(args.device))
-    if args.fsdp and world == 1:
-        raise InputError("--fsdp shares the model among processes: start it with torchrun --nproc_per_node 2 or more")
-    say = print if rank == 0 else (lambda *text: None)
-
-    # everything the user gave is looked at before any long work starts
-    with first_process_first():                                          # which downloads, or checks every image, once
-        data = load_data(args.data, args.size, args.data_dir, skip_bad=args.skip_bad, workers=loader_threads())
-    if "text_dim" in PRESETS.get(args.model, ()) and not args.text:
-        raise InputError(f"--model {args.model} draws from text: add --text")
-    if args.text and not data.captions:
-        raise InputError(f"--text needs captions and {data.name} has none: put NAME.txt or metadata.jsonl beside the images")
-    with first_process_first():
-        encoder = load_encoder(args.text, device, args.dtype) if args.text else None
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    tokenizer_cfg = (fit_tokenizer(tokenizer.cfg, data, args.tokenizer) if tokenizer
-                     else default_config(data.size, data.channels, args.stride, captions=bool(data.captions)))
-    cfg = model_config(args, data, tokenizer_cfg, encoder)
-    if args.eval_every is not None:
-        check_progress(args.eval_every, data, cfg)
-    recipe = make_recipe(args, len(data), world)
-    # a quick check of a model, --steps 2, gets a quick tokenizer; its file name carries its steps
-    tokenizer_steps = min(TOKENIZER_STEPS, 10 * recipe["steps"]) if args.tokenizer_steps is None else args.tokenizer_steps
-    if tokenizer_steps < 1 or args.save_every < 1:
-        raise InputError("--tokenizer-steps and --save-every must be at least 1")
-    out = args.out or os.path.join("runs", f"{data.name}_{args.model}" + ("" if args.layout == "band" else f"_{args.layout}"))
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise InputError(f"--out {out} is a file, not a folder")
-    os.makedirs(out, exist_ok=True)
-    lock = lock_folder(out) if rank == 0 else None                       # held until the process ends
-    effective = recipe["batch"] * args.accum * world
-    run = dict(config=asdict(cfg), recipe={**recipe, "batch": effective}, seed=args.seed, data=data.fingerprint)
-    if encoder:
-        run["text"] = encoder.fingerprint
-    path = os.path.join(out, "far.pt")
-    before = resume_point(path, run, rank)
-    start = before["step"] if before else 0
-    args.dtype = of_first_process(args.dtype or (before["dtype"] if before else faster_dtype(device)))    # it is measured
+def prepare(args, cfg, recipe, build, scale, latents, before, device):
+    """Model, its average and its optimizer, new or as the checkpoint `before` left them."""
     torch.manual_seed(args.seed)
-    model = make_model(cfg).to(device)
-    model.checkpoint_activations = args.checkpoint_activations
-    say(f"{data.name}: {len(data):,} images of {data.size} px, {data.n_class} classes. {args.model}, {args.layout} layout: "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, bands {','.join(map(str, cfg.bands))}, "
-        f"on {device}, {args.dtype}")
-    say(f"{recipe['steps']:,} steps of {effective} images ({recipe['batch']} a device x {args.accum} accumulated "
-        f"x {world} processes)")
-    if device.type == "cpu" and rank == 0 and start < recipe["steps"]:
-        with autocast(device, args.dtype):
-            text = encode(encoder, [data.captions[i % len(data)] for i in range(recipe["batch"])]) if args.text else None
-            # the optimizer is not kept: its moments are as large as two models
-            seconds = time_step(model, recipe["batch"], make_optimizer(model, 0.0, recipe.get("muon"), args.dtype == "bf16"), text)
-            seconds *= args.accum * (recipe["steps"] - start)
-        say(f"a timed step says: about {duration(seconds)} for the training of the model on this CPU"
-            + ("; far_nano and far_tiny are meant for CPUs" if seconds > 7200 else ""))
-
-    tokenizer = tokenizer or get_tokenizer(args, data, tokenizer_cfg, tokenizer_steps, device, rank)
-    tokenizer = tokenizer.to(device)
-    mark = fingerprint(tokenizer)
-    if before and before["data"].get("tokenizer", mark) != mark:
-        raise InputError(f"{out} was trained with another tokenizer: give it with --tokenizer {out}/tokenizer.pt, or choose "
-                         "another --out")
-    if rank == 0:
-        save_tokenizer(os.path.join(out, "tokenizer.pt"), tokenizer)
-    latents = cache_latents(tokenizer, data, args.data_dir, device, args.dtype)
-    with first_process_first():                                          # which asks a frozen encoder, once
-        texts = text_source(encoder, data, args.data_dir) if args.text else None
-    scale = tokenizer.latent_scale.item()
-
-    # model, average, optimizer
-    some = torch.arange(min(len(data), 4096))
-    model.measure_band_std(draw_latents(latents, some, scale, Randomness(args.seed, 0, device), device))
+    model = build(cfg).to(device)
+    moments = torch.from_numpy(latents[range(min(len(latents), 4096))][:, 0]).float()     # (n, 2, C, H, H)
+    noise = torch.randn(moments[:, 0].shape, generator=step_generator(args.seed, 0))
+    model.measure_band_std((scale * (moments[:, 0] + (0.5 * moments[:, 1]).exp() * noise)).to(device))
     ema = deepcopy(model).requires_grad_(False)
+    optimizer = make_optimizer(model, recipe)
     if before:
-        load_exactly(model, before["model"], path)
-        load_exactly(ema, before["ema"], path)
-    if args.fsdp:
-        shard(model, args.dtype), shard(ema, args.dtype)
-    optimizer = make_optimizer(model, recipe["lr"], recipe.get("muon"), args.dtype == "bf16")
-    sums = torch.zeros(2, 1 + len(cfg.bands), device=device)             # of loss and bands since the last log line, and counts
-    if before:
-        with reading(path):
-            load_optimizer(optimizer, before["optimizer"])
-            if rank == 0 and "sums" in before:
-                sums.copy_(before["sums"])
-        say(f"continuing from step {start}")
-        before = None                                                    # as large as the model and its optimizer
-    if args.compile:                                                     # alike blocks share one; the rest draws random numbers
+        with reading(os.path.join(args.out, "far.pt")):
+            for part, name in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")):
+                part.load_state_dict(before[name])
+        print(f"continuing from step {before['step']}", flush=True)
+    if args.compile:                                            # alike blocks share one; the rest draws noise
         for block in [*model.encoder, *model.decoder, *model.head.blocks]:
             block.compile()
-    step_model = torch.nn.parallel.DistributedDataParallel(model) if world > 1 and not args.fsdp else model
-    about = dict(name=data.name, source=args.data, size=data.size, channels=data.channels, data_dir=args.data_dir,
-                 class_names=data.class_names, tokenizer=mark)
+    return model, ema, optimizer
+
+
+def about_data(args, data, encoder, tokenizer):
+    """What sampling must know of the data: plain types for the checkpoint."""
+    about = dict(name=data.name, source=data.source, size=data.size, channels=data.channels,
+                 data_dir=args.data_dir, class_names=data.class_names, tokenizer=fingerprint(tokenizer))
     if args.text:
-        about.update(text=args.text if not os.path.isdir(args.text) else os.path.abspath(args.text),
-                     text_dtype=encoder and encoder.dtype, text_fingerprint=encoder and encoder.fingerprint,
-                     prompts=[data.captions[i] for i in range(min(len(data), 8))])
-    trained_run = SimpleNamespace(model=ema, tokenizer=tokenizer, encoder=encoder, device=device, dtype=args.dtype, data=about)
+        about.update(text=os.path.abspath(args.text) if os.path.isdir(args.text) else args.text,
+                     text_fingerprint=encoder.fingerprint if encoder else "",
+                     text_dtype=encoder.dtype if encoder else "",
+                     prompts=[data.caption(i, 0.0) for i in range(min(len(data), 8))])
+    return about
 
-    def save(step):
-        """A collective: all processes call it, process 0 writes."""
-        parts = dict(model=model, ema=ema, optimizer=optimizer)
-        states = {name: whole(part.state_dict(), rank) for name, part in parts.items()}
-        total = over_processes(sums)
-        if rank == 0:
-            save_checkpoint(path, dict(
-                kind="far", step=step, run=run, dtype=args.dtype, config=asdict(cfg), **states, sums=total,
-                data=about))
 
-    def look(at):
-        """Process 0 calls `at` with the run as it is now; a sharded average is gathered first, by all processes."""
-        if args.fsdp:
-            state = whole(ema.state_dict(), rank)
-            if rank == 0:
-                trained_run.model = make_model(cfg).to(device).requires_grad_(False)
-                trained_run.model.load_state_dict(state)
-        if rank == 0:
-            at(trained_run)
-
-    draw_pictures = lambda run: save_samples(run, out, seed=args.seed)
-    if args.eval_every and rank == 0:
-        judge = Judge(data, device, args.data_dir)
-
-    stop = []                                                            # Ctrl-C and SIGTERM: finish the step, save, leave
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.append(1))
-    metrics = Metrics(os.path.join(out, "metrics.jsonl"), start) if rank == 0 else None
-    bar = tqdm(range(start, recipe["steps"]), initial=start, total=recipe["steps"], desc="FAR", unit="step", disable=rank > 0)
-    seen, waited, interval = 0, 0.0, time.time()                         # images, seconds
-    for step in bar:
-        lr = learning_rate(step, recipe)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if cfg.dropout:
-            torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
-        for micro in range(args.accum):
-            clock = time.time()
-            number = step * args.accum + micro
-            indices = epoch_indices(number * recipe["batch"] * world, recipe["batch"] * world, len(data), args.seed)
-            indices = indices[rank * recipe["batch"]:(rank + 1) * recipe["batch"]]
-            draw = Randomness(args.seed + 1, number, device, rank, world)
-            x = draw_latents(latents, indices, scale, draw, device)
-            labels = data.labels[indices].to(device)
-            text = tuple(part.to(device) for part in texts(indices)) if texts else None
-            waited += time.time() - clock
-            with autocast(device, args.dtype):
-                loss, per_band = step_model(x, draw, labels, text)
-            (loss / args.accum).backward()
-            row = torch.cat([loss.detach()[None], per_band])
-            sums += torch.stack([row.nan_to_num(), (~row.isnan()).float()]) / world
-            seen += recipe["batch"] * world
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
-        norm = norm.full_tensor() if args.fsdp else norm
-        if not torch.isfinite(norm):
-            raise InputError(f"the loss or its gradient is not finite at step {step} (images {indices.tolist()[:8]}...): "
-                             f"try --dtype fp32 or a lower --lr; the checkpoint in {out} is from before")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        update_ema(ema, model, step, recipe.get("ema", 0.9999))
-        done = step + 1
-        if done % 50 == 0 or done == recipe["steps"]:
-            seconds, (mean, *bands) = time.time() - interval, means(over_processes(sums))
-            values = dict(step=done, loss=mean, bands=bands, lr=lr, grad_norm=norm.item(), images_per_s=seen / seconds,
-                          waiting=waited / seconds, memory_gib=round(peak_memory(device), 3))
-            if rank == 0:
-                metrics.write(**values)
-            bar.set_postfix_str(f"loss {values['loss']:.3f}, bands {' '.join('-' if v is None else f'{v:.2f}' for v in bands)}, "
-                                f"lr {values['lr']:.1e}, grad {values['grad_norm']:.2f}, {values['images_per_s']:.0f} img/s, "
-                                f"waiting {values['waiting']:.1%}")
-            seen, waited, interval = 0, 0.0, time.time()
-            sums.zero_()
-        clock = time.time()
-        if args.eval_every and done % args.eval_every == 0:              # before the save, which keeps the log's lines up to here
-            look(lambda run: metrics.write(step=done, **judge(run)))
-            if rank == 0:
-                draw_progress(os.path.join(out, "metrics.jsonl"), os.path.join(out, "progress.png"))
-        # all processes stop, or none
-        stopping = over_processes(torch.tensor(float(len(stop)), device=device)) > 0 if world > 1 else bool(stop)
-        if done % args.save_every == 0 or done == recipe["steps"] or stopping:
-            save(done)
-            if not stopping and done < recipe["steps"]:
-                look(draw_pictures)
-        interval += time.time() - clock                                  # the rate in the log is that of training
-        if stopping:
-            say(f"\nstopped after step {done}; it is saved, and the same command continues")
-            return
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)             # all is saved: from here they end the program at once
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    look(draw_pictures)
+def main(argv=None, build=FAR):
+    args = get_args(argv)
+    rank, world, device = join_processes(pick_device(args.device))
+    data, held_out, encoder, tokenizer = open_inputs(args, device)
+    tokenizer_cfg = tokenizer.cfg if tokenizer else default_config(data.size, data.channels,
+                                                                   captions=bool(args.text))
+    cfg, recipe = configure(args, data, tokenizer_cfg, encoder, world)
+    os.makedirs(args.out, exist_ok=True)
+    lock = rank > 0 or hold_lock(os.path.join(args.out, "lock"), wait=False)          # until the process ends
+    if not lock:
+        raise InputError(f"another training is writing to {args.out}; choose another --out")
+    path = os.path.join(args.out, "far.pt")
+    same = {key: value for key, value in recipe.items() if key not in ("batch", "tokenizer")}
+    identity = dict(config=asdict(cfg), recipe=same, seed=args.seed, data=data.fingerprint,
+                    text=encoder.fingerprint if encoder else "")
+    before = resume_point(path, identity, rank)
+    start = before["step"] if before else 0
+    shared_cpu = world > 1 and device.type == "cpu"                 # where each might find another one faster
+    args.dtype = args.dtype or (before["dtype"] if before else "fp32" if shared_cpu else faster_dtype(device))
     if rank == 0:
-        held_out = load_data(args.data, args.size, args.data_dir, "test", skip_bad=args.skip_bad)
-        save_reconstructions(trained_run, held_out, os.path.join(out, "reconstructions.png"))
-        print(f"pictures: {out}/samples.png, {out}/bands.png, {out}/reconstructions.png\n"
-              f"next:     python sample.py --ckpt {out} " + ('--prompt "a yellow star above a green square"' if texts else
-                                                             "--n 64"))
+        announce(args, data, cfg, recipe, world, device)
+        if start < recipe["steps"]:
+            estimate(args, data, cfg, recipe, start, tokenizer, tokenizer_cfg, device)
+
+    tokenizer = (tokenizer or get_tokenizer(data, held_out, tokenizer_cfg, args.data_dir, recipe["tokenizer"],
+                                            args.seed, device, args.dtype)).to(device)
+    about = about_data(args, data, encoder, tokenizer)
+    if before and before["data"]["tokenizer"] != about["tokenizer"]:
+        raise InputError(f"{args.out} was trained with another tokenizer: choose another --out")
+    if rank == 0:
+        save_tokenizer(os.path.join(args.out, "tokenizer.pt"), tokenizer)
+        cut_log(os.path.join(args.out, "metrics.jsonl"), start)
+    latents, scale = cache_latents(tokenizer, data, args.data_dir, device), tokenizer.latent_scale.item()
+    texts = text_source(encoder, data, args.data_dir) if args.text else None
+    model, ema, optimizer = prepare(args, cfg, recipe, build, scale, latents, before, device)
+    before = None                                                    # as large as the model and its optimizer
+    save = lambda step: save_checkpoint(path, dict(
+        kind="far", step=step, run=identity, dtype=args.dtype, config=asdict(cfg), data=about,
+        model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
+    shown = SimpleNamespace(model=ema, tokenizer=tokenizer, encoder=encoder, device=device, dtype=args.dtype,
+                            data=about)
+    batches = Batches(latents, data.labels, texts, scale, args.seed, recipe["batch"], device, rank, world)
+    finished = fit(SimpleNamespace(
+        model=DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model, ema=ema,
+        optimizer=optimizer, recipe=recipe, batches=batches, start=start, accum=args.accum, seed=args.seed,
+        out=args.out, save=save, shown=shown, light=sum(p.numel() for p in model.parameters()) < 50e6,
+        device=device, dtype=args.dtype, rank=rank, world=world))
+    if rank == 0:
+        say_goodbye(args, finished, shown, held_out)
+
+
+def say_goodbye(args, finished, shown, held_out):
+    """Reconstructions beside the pictures, and what to do next."""
+    if not finished:
+        return print(f"\nstopped; all is saved in {args.out}, and the same command continues")
+    draw_reconstructions(shown, held_out, os.path.join(args.out, "reconstructions.png"))
+    more = '--prompt "a yellow star above a green square"' if args.text else "--n 64"
+    print(f"pictures: samples.png, bands.png and reconstructions.png in {args.out}\n"
+          f"next:     python sample.py --ckpt {shlex.quote(args.out)} {more}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,337 @@
+"""Tests of evaluate.py: every score where its value is known, and every bad file refused in one line."""
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from bands import lowpass
+from common import InputError, command_line
+from data import save_npz
+from evaluate import (InceptionFeatures, Pick, feature_statistics, frechet_distance, inception_score,
+                      precision_recall, read_arrays, reference_of, score, to_images)
+
+
+class StandIn(torch.nn.Module):
+    """The interface of inception-2015-12-05.pt: 0..255 RGB in, features or probabilities out."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.body = torch.nn.Parameter(torch.randn(3 * 16, 8, generator=generator))
+        self.output = torch.nn.Linear(8, 5)
+        self.output.weight.data.normal_(generator=generator)
+        self.output.bias.data.copy_(7.0 * torch.arange(5))
+
+    def forward(self, img: torch.Tensor, return_features: bool = False, no_output_bias: bool = False):
+        assert img.dtype == torch.uint8 and img.shape[1] == 3
+        x = torch.nn.functional.interpolate(img.float(), (4, 4), mode="bilinear", antialias=True)
+        features = torch.tanh((x.flatten(1) / 127.5 - 1) @ self.body)
+        if return_features:
+            return features
+        logits = features @ self.output.weight.T
+        return (logits if no_output_bias else logits + self.output.bias).softmax(1)
+
+
+@pytest.fixture
+def inception(tmp_path):
+    path = str(tmp_path / "inception.pt")
+    torch.jit.script(StandIn()).save(path)
+    return path
+
+
+def pictures(n, channels=3, size=16, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, channels, size, size), generator=rng).byte()
+
+
+class Toy:
+    """Two classes, dark and light: what evaluate.py needs of a data set."""
+    name, size, channels, n_class, fingerprint, flip = "toy", 8, 1, 2, "abc", False
+
+    def __init__(self, n=400):
+        self.labels = torch.arange(n) % 2
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, indices):
+        indices = torch.as_tensor(indices)
+        noise = torch.stack([pictures(1, 1, 8, int(i))[0] for i in indices]) // 3
+        return noise + (120 * self.labels[indices, None, None, None]).byte()
+
+
+# ---- scores
+
+def test_frechet_distance_has_its_closed_forms():
+    rng = np.random.default_rng(0)
+    for n in (2000, 20):                                     # 20: fewer images than features, singular
+        mu, sigma = feature_statistics(rng.standard_normal((n, 32)).astype(np.float32) + 5)
+        assert frechet_distance(mu, sigma, mu, sigma) < 1e-6
+    a, b = np.array([1.0, 4.0, 9.0]), np.array([4.0, 4.0, 1.0])
+    expected = 3 * 2.0 ** 2 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    found = frechet_distance(np.zeros(3), np.diag(a), np.full(3, 2.0), np.diag(b))
+    assert found == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(InputError, match="NaN"):
+        frechet_distance(np.full(2, np.nan), np.eye(2), np.zeros(2), np.eye(2))
+    with pytest.raises(InputError, match="different networks"):
+        frechet_distance(np.zeros(3), np.eye(3), np.zeros(2), np.eye(2))
+
+
+def test_frechet_distance_agrees_with_the_matrix_square_root_and_is_symmetric():
+    linalg = pytest.importorskip("scipy.linalg")
+    rng = np.random.default_rng(0)
+    a, b = (x @ x.T / 40 for x in rng.standard_normal((2, 40, 40)))
+    mu_a, mu_b = rng.standard_normal((2, 40))
+    expected = ((mu_a - mu_b) ** 2).sum() + np.trace(a + b - 2 * linalg.sqrtm(a @ b).real)
+    assert frechet_distance(mu_a, a, mu_b, b) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(mu_b, b, mu_a, a) == pytest.approx(expected, rel=1e-8)
+
+
+def test_statistics_are_those_of_numpy_even_far_from_zero_and_too_few_images_are_warned_about(capsys):
+    x = np.random.default_rng(0).standard_normal((9000, 6)).astype(np.float32) + 1000
+    mu, sigma = feature_statistics(x)
+    assert mu.dtype == sigma.dtype == np.float64
+    assert np.allclose(mu, x.astype(np.float64).mean(0), rtol=1e-12)
+    assert np.allclose(sigma, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-12)
+    feature_statistics(x[:7])
+    assert capsys.readouterr().err == ""
+    feature_statistics(x[:6])
+    assert "WARNING" in capsys.readouterr().err
+    with pytest.raises(InputError, match="at least 2"):
+        feature_statistics(x[:1])
+
+
+def test_inception_score_runs_from_one_to_the_number_of_classes():
+    assert inception_score(np.full((500, 10), 0.1)) == pytest.approx(1)
+    assert inception_score(np.eye(10)[np.zeros(500, int)]) == pytest.approx(1), "one class only"
+    assert inception_score(np.eye(10)[np.arange(500) % 10]) == pytest.approx(10)
+    assert 9 < inception_score(np.eye(10)[np.arange(5000) % 10], splits=10) < 10
+
+
+def test_precision_and_recall_see_what_is_missing_and_agree_with_their_definition():
+    rng = np.random.default_rng(0)
+    modes = 100 * rng.standard_normal((10, 40))
+    real = modes[np.arange(1000) % 10] + rng.standard_normal((1000, 40))
+    half = modes[np.arange(1000) % 5] + rng.standard_normal((1000, 40))
+    precision, recall = precision_recall(real, half)
+    assert precision > 0.6 and 0.3 < recall <= 0.5, (precision, recall)
+    wild = np.where(np.arange(1000)[:, None] % 4 == 0, 1000 + half, real[rng.permutation(1000)])
+    assert precision_recall(real, wild)[0] == pytest.approx(0.75), "a quarter is nowhere near the real images"
+    assert precision_recall(real, real) == (1, 1)
+    assert precision_recall(real, real[:1] + 1e-3 * rng.standard_normal((1000, 40)))[1] < 0.01
+    real, fake = rng.standard_normal((60, 3)), rng.standard_normal((50, 3)) * 0.7
+
+    def inside(points, manifold, k=3):
+        radii = [sorted(np.linalg.norm(m - manifold, axis=1))[k] for m in manifold]
+        return np.mean([any(np.linalg.norm(p - m) <= r for m, r in zip(manifold, radii)) for p in points])
+    assert precision_recall(real, fake) == pytest.approx((inside(fake, real), inside(real, fake)))
+
+
+def test_a_part_that_cannot_be_computed_is_none_and_the_rest_is_there(inception, capsys):
+    network = InceptionFeatures(inception, "cpu")
+    reference = reference_of(pictures(40), network)
+    for n in (1, 2, 3, 4):                                   # a covariance needs 2, the third neighbour 4
+        row = score(pictures(n, seed=1), None, network, reference)
+        missing = {"accuracy"} | ({"frechet_distance"} if n < 2 else set()) | (
+            {"precision", "recall"} if n < 4 else set())
+        assert {key for key, value in row.items() if value is None} == missing and row["n"] == n
+    assert "note: a covariance" in capsys.readouterr().err
+    row = score(pictures(9), None, network, dict(reference, features=None, mu=np.full(8, np.nan)))
+    assert row["precision"] is row["frechet_distance"] is None and row["inception_score"] >= 1
+
+
+def test_band_variances_are_those_of_the_latents():
+    tokenizer = SimpleNamespace(encode=lambda x: (x, None))  # the latents are the pixels, -1 to 1
+    model = SimpleNamespace(cfg=SimpleNamespace(lowpass="fft"))
+    run, images = SimpleNamespace(device="cpu", tokenizer=tokenizer, model=model), pictures(300, size=8)
+    found = evaluate.band_variances(run, images, (1, 2, 8))
+    expected = [lowpass(images.float() / 127.5 - 1, k, "fft").var(correction=0).item() for k in (1, 2, 8)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+# ---- networks
+
+def test_inception_runs_once_takes_grey_images_leaves_out_the_bias_and_any_batch_size_does(inception):
+    network, net = InceptionFeatures(inception, "cpu"), StandIn()
+    assert network.fd_name == "FD (unknown)", "only the published file may be called FID"
+    real, grey = pictures(300), pictures(300, channels=1, seed=1)
+    features, logits = network(grey)
+    same, _ = network(grey.repeat(1, 3, 1, 1))
+    assert torch.equal(features, same) and torch.allclose(logits, features @ net.output.weight.T, atol=1e-5)
+    scores = [score(grey, None, network, reference_of(real, network, batch), batch) for batch in (1, 7, 300)]
+    network.last = None                                      # a file whose last layer has another name
+    scores.append(score(grey, None, network, reference_of(real, network)))
+    for other in scores[1:]:
+        assert other == {k: v and pytest.approx(v, rel=1e-4) for k, v in scores[0].items()}
+
+
+def test_the_classifier_learns_is_kept_and_leaves_random_numbers_alone(tmp_path, monkeypatch):
+    train = evaluate.train_classifier
+    monkeypatch.setattr(evaluate, "train_classifier", lambda *args: train(*args, steps=30, batch=32))
+    before = torch.get_rng_state()
+    first = evaluate.classifier_features(Toy(), "cpu", str(tmp_path))
+    assert torch.equal(before, torch.get_rng_state())
+    monkeypatch.setattr(evaluate, "train_classifier", None)  # the second time it must come from the file
+    second = evaluate.classifier_features(Toy(), "cpu", str(tmp_path))
+    images, labels = Toy().batch(range(40)), Toy(40).labels.numpy()
+    assert all(torch.equal(a, b) for a, b in zip(first(images), second(images)))
+    reference = reference_of(Pick(Toy(), 200), first)
+    for given, accuracy in ((labels, 1), (1 - labels, 0), (None, None)):
+        assert score(images, given, first, reference)["accuracy"] == accuracy
+    Toy.n_class = 1
+    with pytest.raises(InputError, match="inception"):
+        evaluate.classifier_features(Toy(), "cpu", str(tmp_path))
+    Toy.n_class = 2
+
+
+# ---- files
+
+def test_samples_come_back_as_they_were_written_and_folders_are_read(tmp_path):
+    for channels in (1, 3):
+        path, x = str(tmp_path / f"{channels}.npz"), pictures(6, channels)
+        save_npz(path, x, torch.arange(6))
+        assert np.load(path)["arr_0"].shape == (6, 16, 16, 3), "the shape other evaluators read"
+        images, labels = to_images(read_arrays(path), path, (channels, 16, 16), 6)
+        assert torch.equal(images, x) and (labels == np.arange(6)).all()
+    for i in range(6):
+        (tmp_path / "made" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x[i].permute(1, 2, 0).numpy()).save(tmp_path / "made" / str(i % 2) / f"{i}.png")
+    made = str(tmp_path / "made")
+    images, labels = to_images(read_arrays(made, 16), made, (3, 16, 16), 2)
+    assert torch.equal(images, x[[0, 2, 4, 1, 3, 5]]) and labels.tolist() == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(InputError, match="3 classes"):       # two folders of three: which two?
+        to_images(read_arrays(made, 16), made, (3, 16, 16), 3)
+
+
+def test_what_is_not_images_and_labels_is_refused(tmp_path):
+    good = pictures(4, size=8).permute(0, 2, 3, 1).numpy()
+    for arrays, shape, message in [
+            (dict(arr_0=good / 255), None, "uint8"), (dict(arr_0=good[:0]), None, "arr_0"),
+            (dict(arr_0=good.swapaxes(1, 3)), None, "arr_0"), (dict(x=good), None, "arr_0"),
+            (dict(arr_0=good[..., :1]), (3, 8, 8), "compared"), (dict(arr_0=good), (1, 8, 8), "compared"),
+            (dict(arr_0=good), (3, 16, 16), "--size"), (dict(arr_0=good, arr_1=np.arange(3)), None, "labels"),
+            (dict(arr_0=good, arr_1=np.array(list("abcd"))), None, "labels"),
+            (dict(arr_0=good, arr_1=np.arange(4) + 7), None, "10 classes")]:
+        with pytest.raises(InputError, match=message):
+            to_images(arrays, "x", shape, 10)
+    path = str(tmp_path / "x.npz")
+    np.savez(path, arr_0=good)
+    whole = open(path, "rb").read()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 255
+    for content in (whole[:500], whole[:-10], b"", b"not a zip", bytes(damaged)):
+        open(path, "wb").write(content)
+        with pytest.raises(InputError, match="x.npz"):
+            read_arrays(path)
+    np.savez(path, arr_0=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(InputError, match="x.npz"):
+        read_arrays(path)
+
+
+# ---- the command
+
+def run(capsys, *args):
+    """The command in this process -> exit code, stdout, lines of stderr without warnings and notes."""
+    code = 0
+    try:
+        command_line(lambda: evaluate.main([*map(str, args), "--device", "cpu"]))
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, [line for line in err.splitlines() if not line.startswith(("WARNING", "note"))]
+
+
+def test_the_command_scores_files_and_reads_the_statistics_it_wrote(tmp_path, inception, capsys):
+    fake, real, stats = (tmp_path / name for name in ("fake.npz", "real.npz", "stats.npz"))
+    save_npz(str(fake), pictures(50), torch.zeros(50))
+    save_npz(str(real), pictures(60, seed=1), torch.zeros(60))
+    common = ("--samples", fake, "--features", "inception", "--inception", inception)
+    first = run(capsys, *common, "--json", "--reference", real, "--write-stats", stats)[1]
+    second = run(capsys, *common, "--json", "--reference", stats)[1]
+    first, second = (json.loads(text)["generated"] for text in (first, second))
+    assert first["frechet_distance"] == pytest.approx(second["frechet_distance"])
+    assert first["recall"] is not None and second["recall"] is None
+    table = run(capsys, *common, "--reference", stats)[1].splitlines()
+    assert "FD (unknown)" in table[0] and table[1].split()[0] == "generated" and table[1].split()[-1] == "-"
+    assert f"reference: {stats}" in table, "the protocol"
+
+
+def test_bad_commands_end_in_one_line_and_exit_code_2(tmp_path, inception, capsys):
+    small, large = tmp_path / "small.npz", tmp_path / "large.npz"
+    save_npz(str(small), pictures(9), torch.zeros(9))
+    save_npz(str(large), pictures(9, size=32), torch.zeros(9))
+    inception = ("--samples", small, "--features", "inception", "--inception", inception)
+    for args in ((), ("--samples", small), ("--samples", "nowhere.npz", "--data", "shapes"), inception,
+                 (*inception[:-1], "nowhere.pt"), (*inception[:-1], small),
+                 (*inception, "--reference", large), (*inception, "--reference", "nowhere.npz"),
+                 (*inception, "--data", "nowhere"),
+                 (*inception, "--reference", small, "--write-stats", tmp_path / "none" / "x.npz"),
+                 (*inception, "--reference", small, "--band-variances"), ("--samples", small, "--ckpt", "x"),
+                 ("--samples", small, "--data", "shapes"), ("--ckpt", tmp_path), ("--n", "0"),
+                 ("--cfg", "nan")):
+        code, out, err = run(capsys, *args, "--data-dir", tmp_path)
+        assert code == 2 and len(err) == 1 and err[0].startswith("error:") and out == "", (args, err)
+
+
+@pytest.fixture
+def sampled(tmp_path, monkeypatch):
+    """A stand-in for a run of two classes, and the calls of sample_in_parts."""
+    model, calls = torch.nn.Linear(2, 2), []
+    model.cfg = SimpleNamespace(text_dim=0)
+    stand_in = SimpleNamespace(model=model, tokenizer=torch.nn.Linear(1, 1), step=7, dtype="fp32", data=dict(
+        source="toy", size=8, channels=1, class_names=["dark", "light"], data_dir=str(tmp_path)))
+
+    def sample_in_parts(run, shown, folder, seed, batch, **sampling):
+        calls.append((folder, shown.tolist()))
+        os.makedirs(folder, exist_ok=True)
+        return Toy(len(shown)).batch(range(len(shown)))
+
+    train = evaluate.train_classifier
+    for name, function in dict(
+            train_classifier=lambda *args: train(*args, steps=30, batch=32), load_run=lambda *args: stand_in,
+            load_data=lambda name, size, folder, split="train", **_: Toy(400 if split == "train" else 3),
+            sampling_settings=lambda args, cfg: dict(cfg=args.cfg), sample_in_parts=sample_in_parts).items():
+        monkeypatch.setattr(evaluate, name, function)
+    return stand_in, calls
+
+
+def test_a_run_is_sampled_into_a_folder_of_its_weights_and_settings(sampled, tmp_path, capsys):
+    stand_in, calls = sampled
+    flags = ("--ckpt", tmp_path, "--json", "--n")
+    code, out, err = run(capsys, *flags, 200)
+    assert code == 0, err
+    rows = json.loads(out)
+    assert rows["generated"]["accuracy"] == 1 and rows["generated"]["recall"] > 0.5
+    assert rows["real test images"]["precision"] is None, "a test set of three images does no harm"
+    assert rows["real test images"]["accuracy"] == 1 and calls[0][1] == [0, 1] * 100
+    assert np.load(rows["protocol"]["samples"])["arr_0"].shape == (200, 8, 8, 3)
+    run(capsys, *flags, 300)
+    run(capsys, *flags, 200, "--cfg", 2)
+    run(capsys, *flags, 200, "--seed", 1)
+    stand_in.model.weight.data += 1
+    run(capsys, *flags, 200)
+    first, more, *others = [folder for folder, _ in calls]
+    assert first == more and len({first, *others}) == 4, "other weights or settings must not reuse the images"
+
+
+def test_what_does_not_fit_a_run_is_found_before_the_sampling(sampled, tmp_path, capsys):
+    stand_in, calls = sampled
+
+    def refused(word, *flags):
+        code, out, err = run(capsys, "--ckpt", tmp_path, *flags)
+        assert code == 2 and out == "" and word in err[-1] and not calls, err
+
+    refused("nowhere", "--reference", "nowhere.npz")
+    refused("no.pt", "--features", "inception", "--inception", "no.pt")
+    refused("x.npz", "--write-stats", tmp_path / "none" / "x.npz")
+    stand_in.data["class_names"] = ["a", "b", "c"]
+    refused("2 classes")
+    stand_in.data["size"] = 16
+    refused("(1, 8, 8)")
+    stand_in.model.cfg.text_dim = 8
+    refused("python -m extras.geneval --ckpt")

@@ -1,0 +1,335 @@
+"""
+Text to image: the condition, both encoders, the cache of vectors, and runs that are trained on text.
+
+    python -m pytest -q tests/test_text.py     # the tests of Qwen2 need one more package: transformers
+"""
+import importlib.util
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import text
+from blocks import CrossAttention
+from common import InputError, load_checkpoint
+from far import FAR, Randomness, make_config
+from text import MOST_WORDS, byte_tokens
+
+needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None,
+                                        reason="transformers is not installed")
+CAPTIONS = ["a red circle", "two small yellow stars on a grey background", "a blue star above a green square"]
+KINDS = pytest.mark.parametrize("kind", ["vectors", "bytes"])
+LAYOUTS = pytest.mark.parametrize("layout", ["band", "paper", "released"])
+
+
+def text_model(kind="vectors", layout="band", size=8, **changes):
+    """A small model with random weights, on frozen vectors or with the byte encoder inside."""
+    torch.manual_seed(0)
+    small = dict(width=32, depth=2, n_head=4, n_cond=2, head_width=32, head_depth=2, text_dim=16)
+    blocks = 2 if kind == "bytes" else 0
+    model = FAR(make_config("far_nano", layout, size, 4, 10, byte_depth=blocks, **small, **changes))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+def some_text(kind="vectors", n=2):
+    """Text for `text_model`, with padding."""
+    if kind == "bytes":
+        return byte_tokens(CAPTIONS[:n])
+    visible = torch.arange(7) < torch.tensor([3, 7, 5])[:n, None]
+    return torch.randn(n, 7, 16, generator=torch.Generator().manual_seed(0)) * visible[..., None], visible
+
+
+def padded(vectors, visible):
+    """The same text with four more tokens of rubbish on the right, and rubbish in the padding there was."""
+    rubbish = (9 * torch.randn(vectors.shape)).abs().to(vectors.dtype)
+    vectors = torch.where(visible[..., None], vectors, rubbish)
+    return torch.cat([vectors, rubbish[:, :1].expand(-1, 4, -1)], dim=1), F.pad(visible, (0, 4))
+
+
+def draw(model, given, **more):
+    return model.sample(text=given, **{**dict(steps=(2, 2), cfg=2.0), **more})[-1]
+
+
+# ---- the condition
+
+@KINDS
+@LAYOUTS
+def test_padding_never_changes_the_result(kind, layout):
+    model, x = text_model(kind, layout), torch.randn(2, 4, 8, 8)
+    original, longer = some_text(kind), padded(*some_text(kind))
+    losses = [model(x, Randomness(0, 0), text=t)[0] for t in (original, longer)]
+    assert torch.allclose(*losses, atol=1e-5)
+    images = [draw(model, t) for t in (original, longer)]
+    # random weights blow the paper's chain up to 1e4, so images are compared relative to their size
+    assert (images[0] - images[1]).norm() < 2e-5 * images[0].norm()
+    other = draw(model, tuple(part.flip(0) for part in original))
+    assert (images[0] - other).norm() > 2e-4 * other.norm(), "the text has no influence"
+
+
+@KINDS
+def test_cached_bands_equal_all_bands_at_once(kind):
+    model = text_model(kind)
+    inputs, ks = [torch.randn(2, 4, k, k) for k in model.cfg.bands], model.cfg.bands
+    condition, cache = model.condition(text=some_text(kind)), {}
+    one_by_one = [model.transformer([x], [k], condition, cache=cache) for x, k in zip(inputs, ks)]
+    assert torch.allclose(torch.cat(one_by_one, dim=1), model.transformer(inputs, ks, condition), atol=1e-5)
+
+
+@KINDS
+def test_the_text_is_encoded_once_per_image_and_not_once_per_band(kind):
+    model, calls = text_model(kind), []
+    layers = [module for module in model.modules() if isinstance(module, CrossAttention)]
+    for layer in layers:
+        layer.kv.register_forward_hook(lambda *_: calls.append("kv"))
+    if kind == "bytes":
+        model.text_encoder.register_forward_hook(lambda *_: calls.append("text"))
+    ladder = model.sample(text=some_text(kind), steps=(2, 2))
+    assert len(ladder) == 4 and len(layers) == 2 * model.cfg.depth
+    assert calls.count("kv") == len(layers) and calls.count("text") == (kind == "bytes")
+
+
+@KINDS
+def test_the_null_text_does_not_depend_on_the_text_and_guidance_uses_it(kind):
+    model, drop, given = text_model(kind), torch.ones(2, dtype=torch.bool), some_text(kind)
+    inputs = [torch.randn(2, 4, k, k) for k in model.cfg.bands]
+    z = [model.transformer(inputs, model.cfg.bands, model.condition(text=t, drop=drop))
+         for t in (given, tuple(part.flip(0) for part in given))]
+    assert torch.allclose(*z, atol=1e-6)
+    assert not torch.allclose(draw(model, given, cfg=1.0), draw(model, given, cfg=3.0), atol=1e-4)
+
+
+def test_an_image_does_not_depend_on_the_other_prompts_of_its_batch():
+    model = text_model("bytes")
+    together = draw(model, byte_tokens(CAPTIONS))
+    for i, one in enumerate(CAPTIONS):
+        assert torch.allclose(together[i:i + 1], draw(model, byte_tokens([one]), first=i), atol=1e-4)
+
+
+@LAYOUTS
+def test_the_byte_encoder_is_trained_with_the_model(layout):
+    model = text_model("bytes", layout, size=4, label_drop=0.5).train()
+    for step in range(4):                       # the paper's layout trains one level per step
+        model(torch.randn(12, 4, 4, 4), Randomness(0, step), text=byte_tokens(CAPTIONS * 4))[0].backward()
+    trained = [(name, p.grad) for name, p in model.named_parameters() if p.requires_grad]
+    assert not [name for name, grad in trained if grad is None or not grad.any()]
+
+
+# ---- bytes
+
+def test_words_are_tokens_of_their_bytes():
+    tokens, visible = byte_tokens(["A red  star!", "größer", ""])
+    read = lambda i: [bytes(word[word > 0].tolist()) for word in tokens[i].numpy()[:int(visible[i].sum())]]
+    assert read(0) == [b"a", b"red", b"star", b"!", b""]
+    assert read(1) == ["größer".encode(), b""] and read(2) == [b""]
+    assert byte_tokens(["a" * 30])[0].shape[1] == 4                      # a long word is three tokens
+
+
+def test_a_long_caption_is_cut_with_a_warning_that_says_where(capsys):
+    long = " ".join(f"w{i}" for i in range(MOST_WORDS + 5))
+    assert int(byte_tokens([long])[1].sum()) == MOST_WORDS + 1
+    said = capsys.readouterr().err
+    assert "after 64 words" in said and "w63" in said and "w64" not in said
+    byte_tokens([long])
+    assert not capsys.readouterr().err, "said twice"
+
+
+class Captioned:
+    """A data set as far as text.py looks at it: some images have several captions."""
+    name = "some"
+
+    def __init__(self, captions):
+        self.captions = captions
+
+    def __len__(self):
+        return len(self.captions)
+
+    def caption(self, i, u):
+        found = self.captions[i]
+        return found if isinstance(found, str) else found[int(u * len(found))]
+
+
+def test_one_of_several_captions_is_drawn():
+    source = text.text_source(None, Captioned(["a b c", ("d", "e f")]), "nowhere")
+    tokens, visible = source(torch.tensor([1, 0, 1]), torch.tensor([0.1, 0.9, 0.6]))
+    assert visible.sum(dim=1).tolist() == [2, 4, 3] and tokens.dtype == torch.uint8
+
+
+# ---- Qwen2: a tiny one with random weights, built and saved here, then loaded offline as any other
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A folder with a tiny Qwen2 model and its tokenizer, as save_pretrained writes them."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    folder = str(tmp_path_factory.mktemp("qwen"))
+    characters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"]
+    plain = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[]))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    end = dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, **end).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(vocab_size=300, hidden_size=32, intermediate_size=64,
+                                      num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_the_vectors_are_the_last_hidden_state_and_padding_does_not_change_them(qwen):
+    from transformers import AutoTokenizer, Qwen2ForCausalLM
+    encoder = text.load_encoder(qwen, "cpu", "fp32")
+    vectors, visible = encoder.encode(CAPTIONS)
+    assert vectors.shape == (3, max(map(len, CAPTIONS)), encoder.width) and encoder.width == 32
+    assert visible.sum(dim=1).tolist() == [len(c) for c in CAPTIONS] and (vectors[~visible] == 0).all()
+    model = Qwen2ForCausalLM.from_pretrained(qwen).float().eval()
+    tokenizer = AutoTokenizer.from_pretrained(qwen)
+    for row, seen, one in zip(vectors, visible, CAPTIONS):
+        with torch.no_grad():
+            hidden = model(**tokenizer(one, return_tensors="pt"), output_hidden_states=True).hidden_states
+        assert torch.allclose(row[seen], hidden[-1][0], atol=1e-5)
+    half = text.load_encoder(qwen, "cpu", "bf16")
+    assert half.fingerprint != encoder.fingerprint
+    assert 0 < (half.encode(CAPTIONS)[0] - vectors).abs().max() < 0.1
+
+
+def test_a_long_prompt_of_qwen2_is_cut_with_a_warning_that_says_where(qwen, capsys):
+    encoder = text.Qwen2(qwen, most_tokens=10)
+    vectors, visible = encoder.encode(["abcdefghijklmnop", "abc", ""])
+    assert visible.sum(dim=1).tolist() == [10, 3, 1]             # of nothing, the end token is left
+    said = capsys.readouterr().err
+    assert "after 10 tokens" in said and 'at "... fghij"' in said
+    assert torch.allclose(vectors[0], encoder.encode(["abcdefghij"])[0][0], atol=1e-5)
+
+
+def test_vectors_are_cached_once_and_continue_where_they_were_interrupted(qwen, tmp_path, monkeypatch):
+    encoder, calls = text.load_encoder(qwen), []
+    captions = [f"{CAPTIONS[i % 3]} {i}" for i in range(11)]
+    captions[7] = captions[7], "picture 7"
+    data = Captioned(captions)
+    original, kept = encoder.encode, dict(size=4, batch=3)
+    direct, visible = original([data.caption(i, 0.7) for i in (7, 0, 10)])
+
+    def counted(captions):
+        if len(calls) == 3 and "stop" in os.listdir(tmp_path):
+            raise KeyboardInterrupt
+        return calls.append(len(captions)) or original(captions)
+
+    monkeypatch.setattr(encoder, "encode", counted)
+    cached = text.CachedText(encoder, data, str(tmp_path / "a"), **kept)
+    assert calls == [3, 1, 3, 1, 3, 1], "12 captions of 11 images, in files of 4"
+    vectors, seen = cached(torch.tensor([7, 0, 10]), torch.tensor([0.7, 0.1, 0.999]))
+    assert vectors.dtype == torch.float16 and torch.equal(seen, visible)
+    assert torch.allclose(vectors.float(), direct, atol=2e-3)
+    text.CachedText(encoder, data, str(tmp_path / "a"), **kept)
+    assert len(calls) == 6, "it was not cached"
+    calls.clear()
+    (tmp_path / "stop").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        text.CachedText(encoder, data, str(tmp_path / "b"), **kept)
+    (tmp_path / "stop").rmdir()
+    calls.clear()
+    again = text.CachedText(encoder, data, str(tmp_path / "b"), **kept)
+    assert calls == [3, 1, 3, 1]
+    assert all((a == b).all() for a, b in zip(again.files, cached.files))
+    text.CachedText(encoder, Captioned([*data.captions[:-1], "another"]), str(tmp_path / "b"), **kept)
+    assert len(calls) == 10, "a changed caption was not noticed"
+
+
+def test_what_cannot_be_loaded_is_one_line_that_says_what_to_do(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(InputError, match="pip install transformers"):
+            text.load_encoder("Qwen/Qwen2-1.5B")
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(InputError, match="neither bytes nor a model"):
+        text.load_encoder(str(tmp_path))
+    transformers.GPT2Model(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+    with pytest.raises(InputError):
+        text.load_encoder(str(tmp_path))
+
+
+# ---- the programs
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    """A folder of captioned pictures, and the flags that train the smallest text model on it."""
+    root = tmp_path_factory.mktemp("mini_text")
+    (root / "pictures").mkdir()
+    for i in range(24):
+        Image.new("RGB", (16, 16), (10 * i, 250 - 10 * i, 99)).save(root / "pictures" / f"{i}.png")
+        (root / "pictures" / f"{i}.txt").write_text(f"{CAPTIONS[i % 3]} {i}")
+    folders = ["--data", str(root / "pictures"), "--data-dir", str(root / "data")]
+    flags = "--size 16 --batch 8 --steps 4 --dtype fp32 --device cpu --set width=32 depth=1 tokenizer=3"
+    return root, [*folders, *flags.split()]
+
+
+@pytest.fixture(scope="module")
+def mini_run(mini):
+    """The folder of a finished run with the byte encoder."""
+    import train
+    out = str(mini[0] / "run")
+    train.main([*mini[1], "--text", "--out", out])
+    return out
+
+
+def weights_of(out):
+    return load_checkpoint(os.path.join(out, "far.pt"))["ema"]
+
+
+def test_stopping_and_starting_again_is_bit_for_bit_with_the_byte_encoder(mini, mini_run, monkeypatch):
+    import train
+    out, calls, original = str(mini[0] / "broken"), [], train.train_step
+
+    def stop_later(*arguments):
+        calls.append(1)
+        if len(calls) == 4:                   # two of them are timed
+            os.kill(os.getpid(), 2)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", stop_later)
+        train.main([*mini[1], "--text", "--out", out])
+    assert load_checkpoint(os.path.join(out, "far.pt"))["step"] < 4
+    train.main([*mini[1], "--text", "--out", out])
+    ours, unbroken = weights_of(out), weights_of(mini_run)
+    assert any("text_encoder" in name for name in ours)
+    assert all(torch.equal(ours[name], unbroken[name]) for name in unbroken)
+
+
+def test_prompts_are_drawn_from_the_command_line_and_from_a_file(mini_run, tmp_path, capsys):
+    import sample
+    (tmp_path / "prompts.txt").write_text("two red circles\n\na green star\n")
+    flags = ["--ckpt", mini_run, "--steps", "2", "--out", str(tmp_path / "a"), "--npz"]
+    sample.main([*flags, "--prompt", "a yellow star above a green square", f"@{tmp_path / 'prompts.txt'}"])
+    images = np.load(tmp_path / "a.npz")
+    assert images["arr_0"].shape[1:] == (16, 16, 3) and set(images["arr_1"].tolist()) == {0, 1, 2}
+    for prompt, word in (("@nothing.txt", "nothing.txt"), (" ", "empty")):
+        with pytest.raises((InputError, OSError), match=word):
+            sample.main([*flags, "--prompt", prompt])
+
+
+@needs_transformers
+def test_a_run_with_qwen2_is_trained_sampled_and_knows_its_encoder(mini, qwen, tmp_path):
+    from transformers import Qwen2ForCausalLM
+
+    import sample
+    import train
+    folder, out = str(tmp_path / "qwen"), str(tmp_path / "run")
+    shutil.copytree(qwen, folder)
+    train.main([*mini[1], "--text", folder, "--out", out])
+    assert any(name.startswith("text_") for name in os.listdir(mini[0] / "data"))
+    sample.main(["--ckpt", out, "--prompt", "a red star", "--steps", "2", "--out", str(tmp_path / "drawn")])
+    model = Qwen2ForCausalLM.from_pretrained(folder)
+    torch.nn.init.normal_(model.model.norm.weight)
+    model.save_pretrained(folder)
+    with pytest.raises(InputError, match="weights have changed"):
+        sample.main(["--ckpt", out, "--prompt", "a red star"])
+    with pytest.raises(InputError, match="other settings: text"):
+        train.main([*mini[1], "--text", folder, "--out", out])
