@@ -43,11 +43,12 @@ def lowpass_matrices(size, k, kind):
     """
     if k == 0:
         return torch.zeros(0, size), torch.zeros(size, 0)
+    full, kept = torch.eye(size, device="cpu"), torch.eye(k, device="cpu")
     if kind == "fft":
-        down, up = fft_resample(torch.eye(size), k).T, fft_resample(torch.eye(k), size).T
-        return down.contiguous(), up.contiguous()
-    down = F.interpolate(torch.eye(size)[None], k, mode="area")[0].T                             # (k, size)
-    up = F.interpolate(torch.eye(k)[None, :, :, None], (size, 1), mode="bicubic")[0, :, :, 0].T  # (size, k)
+        down, up = fft_resample(full, k).T, fft_resample(kept, size).T
+    else:
+        down = F.interpolate(full[None], k, mode="area")[0].T                                    # (k, size)
+        up = F.interpolate(kept[None, :, :, None], (size, 1), mode="bicubic")[0, :, :, 0].T      # (size, k)
     return down.contiguous(), up.contiguous()
 
 

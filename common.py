@@ -9,6 +9,7 @@ import argparse
 import errno
 import hashlib
 import math
+import mmap
 import os
 import pickle
 import signal
@@ -72,7 +73,7 @@ def reading(path):
     """What a damaged file makes its reader raise, as an InputError of one line: the file and the cause."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except OSError as error:
         raise InputError(f"{path} could not be read ({why(error)})")
@@ -271,20 +272,25 @@ def only_one(path):
 
 
 class Parts:
-    """Rows of a large array that lies on the disk in several files of `size` rows each."""
+    """Rows of a large array that lies on the disk in several mapped files of `size` rows each."""
 
     def __init__(self, arrays, size):
-        self.arrays, self.size = arrays, size
+        self.arrays, self.size, self.pool = arrays, size, ThreadPoolExecutor(8)
         self.shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
 
     def __len__(self):
         return self.shape[0]
 
     def __getitem__(self, rows):
-        """Row numbers, or (row numbers, an index into each row) -> array (n, ...). Only these are read."""
+        """
+        Row numbers, or (row numbers, an index into each row) -> array (n, ...). Only these are read, by 8
+        threads.
+        """
         rows, inner = rows if isinstance(rows, tuple) else (rows, [slice(None)] * len(rows))
-        places = (divmod(int(row), self.size) for row in rows)
-        return np.stack([self.arrays[part][at][i] for (part, at), i in zip(places, inner)])
+        places = [(*divmod(int(row), self.size), i) for row, i in zip(rows, inner)]
+        shares = [places[i:i + 16] for i in range(0, len(places), 16)]
+        copied = self.pool.map(lambda share: np.stack([self.arrays[part][at][i] for part, at, i in share]), shares)
+        return np.concatenate(list(copied))
 
 
 def make_files(folder, n, make, desc, size, batch, unit):
@@ -311,6 +317,8 @@ def make_files(folder, n, make, desc, size, batch, unit):
     for items in ranges:
         with reading(path(items)):
             arrays.append(np.load(path(items), mmap_mode="r", allow_pickle=False))
+            if hasattr(mmap, "MADV_RANDOM"):       # or each row read would bring its neighbours from the disk
+                arrays[-1]._mmap.madvise(mmap.MADV_RANDOM)
     return arrays
 
 

@@ -21,11 +21,13 @@ import os
 import random
 import re
 import shutil
+import sys
 import tarfile
 import warnings
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -33,11 +35,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
 
 import shapes
-from common import (InputError, OneLineParser, command_line, digest, make_parts, only_one, positive, reading, seed_number,
-                    threads, why, write_atomically)
+from common import (InputError, OneLineParser, command_line, digest, make_parts, only_one, positive, reading,
+                    seed_number, threads, why, write_atomically)
 
 if not hasattr(Image.Image, "has_transparency_data"):
-    raise SystemExit("error: Pillow 10.1 or newer is needed: pip install -U Pillow")
+    sys.exit(print("error: Pillow 10.1 or newer is needed: pip install -U Pillow", file=sys.stderr) or 2)
 BUILT_IN = ("shapes", "shapes_text", "fashion_mnist", "cifar10", "imagenet64")
 
 
@@ -52,7 +54,8 @@ class Images:
     """
 
     def __init__(self, name, size, channels, flip, labels, class_names, captions, fingerprint, source=None):
-        self.name, self.size, self.channels, self.flip, self.source = name, size, channels, flip, source or name
+        self.name, self.size, self.channels, self.flip = name, size, channels, flip
+        self.source = source or name
         self.labels = torch.tensor(np.array(labels), dtype=torch.int64)              # (N,)
         self.class_names, self.n_class = list(class_names), len(class_names)
         self.captions, self.fingerprint = captions, digest(fingerprint, size)
@@ -66,9 +69,7 @@ class Images:
         return text if isinstance(text, str) else text[int(u * len(text))]
 
     def rows(self, indices):
-        """
-        Indices (list, array or tensor; negative: from the end) as a list of row numbers. IndexError beyond.
-        """
+        """Indices (negative: from the end) as a list of row numbers. IndexError beyond."""
         rows = np.asarray(indices, dtype=np.int64).reshape(-1)
         if len(rows) and not (-len(self) <= rows.min() and rows.max() < len(self)):
             raise IndexError(f"{self.name} has {len(self)} images")
@@ -101,12 +102,15 @@ class Shapes(Images):
                          ["all"] if captioned else shapes.KINDS, Drawn(n, self.text) if captioned else None,
                          f"shapes {4 if captioned else 2} {captioned} {split} {seed} {n}")
         # each picture is drawn once and kept, up to a gigabyte (50,000 of 64 px are 0.6)
-        self.drawn = np.zeros(n if n * 3 * size * size < 2 ** 30 else 0, dtype=bool)
-        self.kept = np.empty((len(self.drawn), 3, size, size), dtype=np.uint8)
+        self.drawn = lru_cache(2 ** 30 // (3 * size * size))(self.draw)
 
     def scene(self, index):
         """The truth of picture `index` of this split."""
         return shapes.scene(self.seed, index + self.first, self.captioned, held_out=self.held_out)
+
+    def draw(self, index):
+        """The pixels of picture `index` of this split: uint8 (3, S, S)."""
+        return shapes.render(self.scene(index), self.size).transpose(2, 0, 1)
 
     def text(self, index):
         """The caption of picture `index` of this split."""
@@ -117,20 +121,12 @@ class Shapes(Images):
         rows = self.rows(indices)
         out = np.empty((len(rows), 3, self.size, self.size), dtype=np.uint8)
         for slot, row in enumerate(rows):
-            if len(self.drawn) and self.drawn[row]:
-                out[slot] = self.kept[row]
-                continue
-            out[slot] = shapes.render(self.scene(row), self.size).transpose(2, 0, 1)
-            if len(self.drawn):
-                self.kept[row], self.drawn[row] = out[slot], True
+            out[slot] = self.drawn(row)
         return torch.from_numpy(out)
 
 
 class Arrays(Images):
-    """
-    Pictures that `pixels`, an array or common.Parts, holds in its `rows`, (n, C, s, s); resized when asked
-    for.
-    """
+    """Pictures that `pixels`, an array or common.Parts (n, C, s, s), has in the rows `kept`."""
 
     def __init__(self, pixels, kept, *args, **more):
         super().__init__(*args, **more)
@@ -173,19 +169,10 @@ def download(url, path, md5):
             torch.hub.download_url_to_file(url, f"{path}.new")
         except OSError as error:
             raise InputError(f"could not download {url} ({why(error)}); or put the file at {path} yourself")
-        if file_md5(f"{path}.new") != md5:
+        if hashlib.md5(np.fromfile(f"{path}.new", np.uint8)).hexdigest() != md5:
             os.remove(f"{path}.new")
             raise InputError(f"the download of {url} is damaged (its MD5 is not {md5}): run again")
         os.replace(f"{path}.new", path)
-
-
-def file_md5(path):
-    """The MD5 of a file, in hex."""
-    md5 = hashlib.md5()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            md5.update(chunk)
-    return md5.hexdigest()
 
 
 def read_idx(path, shape):
@@ -221,23 +208,24 @@ def load_fashion_mnist(size, data_dir, split, flip):
     image_path, label_path = find(f"{prefix}-images-idx3-ubyte.gz"), find(f"{prefix}-labels-idx1-ubyte.gz")
     images = np.pad(read_idx(image_path, (28, 28)), ((0, 0), (2, 2), (2, 2)))[:, None]   # (N, 1, 32, 32)
     labels = check_labels(read_idx(label_path, ()), len(images), 0, 9, label_path)
-    return Arrays(images, np.arange(len(images)), "fashion_mnist", size or 32, 1, bool(flip), labels, FASHION_CLASSES,
-                  [FASHION_CLASSES[label] for label in labels], digest(hashlib.md5(images).hexdigest(), split))
+    return Arrays(images, np.arange(len(images)), "fashion_mnist", size or 32, 1, bool(flip), labels,
+                  FASHION_CLASSES, [FASHION_CLASSES[label] for label in labels],
+                  digest(hashlib.md5(images).hexdigest(), split))
 
 
 def load_cifar10(size, data_dir, split, flip):
     """CIFAR-10: 50,000 + 10,000 pictures of 32 px, from its .bin files or the archive, left packed."""
     names = ["test_batch.bin"] if split == "test" else [f"data_batch_{i}.bin" for i in range(1, 6)]
     length, content = CIFAR_ROWS * 3073, {}             # a label byte, then 32 x 32 of red, of green, of blue
-    source = os.path.join(data_dir, os.path.basename(CIFAR_URL))
-    folders = [folder for folder in (os.path.join(data_dir, "cifar-10-batches-bin"), data_dir)
-               if any(os.path.isfile(os.path.join(folder, name)) for name in names)]
-    if folders:
-        source = folders[0]
-        for name in filter(lambda name: os.path.isfile(os.path.join(source, name)), names):
-            with reading(source), open(os.path.join(source, name), "rb") as file:
-                content[name] = file.read(length + 1)
+    for source in (os.path.join(data_dir, "cifar-10-batches-bin"), data_dir):
+        for name in names:
+            if os.path.isfile(os.path.join(source, name)):
+                with reading(source), open(os.path.join(source, name), "rb") as file:
+                    content[name] = file.read(length + 1)
+        if content:
+            break
     else:
+        source = os.path.join(data_dir, os.path.basename(CIFAR_URL))
         download(CIFAR_URL, source, CIFAR_MD5)
         with reading(source), tarfile.open(source, "r:gz") as tar:
             for member in tar:
@@ -249,8 +237,9 @@ def load_cifar10(size, data_dir, split, flip):
     records = np.frombuffer(b"".join(content[name] for name in names), dtype=np.uint8).reshape(-1, 3073)
     labels = check_labels(records[:, 0], len(records), 0, 9, source)
     images = records[:, 1:].reshape(-1, 3, 32, 32)
-    return Arrays(images, np.arange(len(images)), "cifar10", size or 32, 3, flip is not False, labels, CIFAR_CLASSES,
-                  [CIFAR_CLASSES[label] for label in labels], digest(hashlib.md5(records).hexdigest(), split))
+    return Arrays(images, np.arange(len(images)), "cifar10", size or 32, 3, flip is not False, labels,
+                  CIFAR_CLASSES, [CIFAR_CLASSES[label] for label in labels],
+                  digest(hashlib.md5(records).hexdigest(), split))
 
 
 class Joined:
@@ -272,16 +261,19 @@ def load_imagenet64(size, data_dir, split, flip):
         if paths:
             break
     else:
-        raise InputError(f"there is no {pattern} in {folder} or {folder}/imagenet64: download the down-sampled ImageNet as "
-                         "npz (image-net.org, after login) and put it there")
+        raise InputError(f"there is no {pattern} in {folder} or {folder}/imagenet64: download the "
+                         "down-sampled ImageNet as npz (image-net.org, after login) and put it there")
     if split == "train" and len(paths) != 10:
         print(f"imagenet64: only {len(paths)} of the 10 training batches are in {folder}")
+    if split == "train" and not os.path.isfile(os.path.join(folder, "val_data.npz")):
+        print(f"imagenet64: there is no val_data.npz in {folder}: what needs test images will be refused")
     parts, labels = zip(*(read_npz(path) for path in paths))
     if len({part.shape[1:] for part in parts}) > 1:
         raise InputError(f"the batches in {folder} differ in picture size: keep one size per folder")
     labels = np.concatenate(labels) - 1
-    return Arrays(Joined(parts), np.arange(len(labels)), "imagenet64", size or parts[0].shape[-1], 3, flip is not False,
-                  labels, [str(i) for i in range(1, 1001)], None, digest(*map(sample_of, paths)))
+    return Arrays(Joined(parts), np.arange(len(labels)), "imagenet64", size or parts[0].shape[-1], 3,
+                  flip is not False, labels, [str(i) for i in range(1, 1001)], None,
+                  digest(*map(sample_of, paths)))
 
 
 def read_npz(path):
@@ -308,16 +300,16 @@ def read_npz(path):
 
 
 def sample_of(path):
-    """
-    Size and some content of a file, which tell it from another, but not from its copy; "" if it is not there.
-    """
-    if not os.path.isfile(path):
+    """Size and some content of a file, the same for a copy; "" if it cannot be read."""
+    if not os.path.isfile(path):                                   # a pipe would be waited for
         return ""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        head = file.read(4096)
-        file.seek(max(0, size - 4096))
-        return digest(size, head, file.read(4096))
+    try:
+        with open(path, "rb") as file:
+            head, size = file.read(4096), os.path.getsize(path)
+            file.seek(max(0, size - 4096))
+            return digest(size, head, file.read(4096))
+    except OSError:
+        return ""
 
 
 # ---- one image file
@@ -333,9 +325,7 @@ for chunk in ("tEXt", "zTXt", "iTXt"):                    # texts in PNGs are no
 
 
 def open_rgb(path):
-    """
-    An image file as a PIL image in RGB, turned as its EXIF says, transparency on white. ValueError, OSError.
-    """
+    """An image file as a PIL image in RGB, turned as EXIF says, on white. ValueError, OSError."""
     with Image.open(path, formats=DECODERS) as image:
         width, height = image.size
         if width * height > Image.MAX_IMAGE_PIXELS:
@@ -355,26 +345,29 @@ def deep_grey(image, path):
     A grey image of more than 8 bits as one of 8. Understood is one thing: 16 bits, unsigned, 0 is black,
     65535 white. ValueError on all else; a warning if no value is large, for then it may hold fewer bits.
     """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating point, of unknown range")
     if image.format == "TIFF":                           # bits, unsigned, black is zero, largest value
         tags = [np.ravel(image.tag_v2.get(number, usual)).tolist()
                 for number, usual in ((258, 16), (339, 1), (262, 1), (281, 65535))]
         if tags != [[16], [1], [1], [65535]]:
             raise ValueError("its greys are not 16 bits, unsigned, from black 0 to white 65535")
-    if image.mode == "F":
-        raise ValueError("its pixels are floating point, of unknown range")
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"its greys run from {values.min()} to {values.max()}, not within 16 bits")
     if 0 < values.max() < 4096:
-        print(f"WARNING: {path} has 16 bits, but no value above {values.max()}: it is read as nearly black")
+        warn_of_dark(os.path.dirname(path))
     return Image.fromarray((values // 257).astype(np.uint8))
 
 
+@lru_cache
+def warn_of_dark(folder):
+    """One warning for a folder, be there one such picture or a million."""
+    print(f"WARNING: {folder} has 16-bit pictures with no value above 4095: they are read as nearly black")
+
+
 def load_image(path, size):
-    """
-    Decode an image file: uint8 (3, size, size), the shorter side scaled to `size`, the centre cut out.
-    InputError.
-    """
+    """An image file as uint8 (3, size, size): shorter side scaled to `size`, centre cut out. InputError."""
     with reading(path):
         if not os.path.isfile(path):
             raise ValueError("there is no such file")
@@ -392,32 +385,42 @@ def load_image(path, size):
 
 # ---- a folder of image files
 
+HIDDEN = (".", "@", "__MACOSX")                               # @: thumbnails that Synology makes
 TRAIN_NAMES, TEST_NAMES = ("train", "training"), ("val", "valid", "validation", "test", "testing")
 PATH_KEYS, TEXT_KEYS = ("file_name", "img_path", "image", "path"), ("text", "caption", "prompt")
 
 
 def natural(name):
-    """A sorting key by which "2" comes before "10"."""
-    return [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", name)]
+    """A sorting key by which "2" comes before "10"; no two names are equal, as "1" and "01" would be."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))], name
+
+
+def silent(line):
+    """In place of `print`: says nothing."""
+
+
+def subfolders(root):
+    """Names of the folders in a folder, in natural order, without hidden ones."""
+    names = [name for name in os.listdir(root) if os.path.isdir(os.path.join(root, name))]
+    return sorted((name for name in names if not name.startswith(HIDDEN)), key=natural)
 
 
 def find_images(root, data_dir, say=print):
     """
-    Paths of all images below a folder, relative to it, in natural order. Left out are hidden files and
-    folders, what this program wrote (runs, the data folder, its PNGs), and, said with their number, files of
-    kinds that cannot be read.
+    Relative paths of all images below a folder, in natural order, without hidden ones, what this program
+    wrote (runs, the data folder, its PNGs) and, said with their number, kinds that cannot be read.
     """
     found, unread, seen = [], Counter(), set()
 
     def stop(error):                                              # or os.walk passes over what it cannot read
-        raise error
+        raise InputError(f"{error.filename} could not be read ({why(error)})")
 
     for here, folders, files in os.walk(root, onerror=stop, followlinks=True):
         seen.add(os.path.realpath(here))                           # a link back up must not go round for ever
         if "far.pt" in files or os.path.realpath(here) == os.path.realpath(data_dir):
             folders[:] = []
             continue
-        folders[:] = [name for name in folders if not name.startswith((".", "@", "__MACOSX"))
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)
                       and os.path.realpath(os.path.join(here, name)) not in seen]
         for name in files:
             path, ending = os.path.join(here, name), os.path.splitext(name)[1].lower()
@@ -434,49 +437,48 @@ def is_ours(path):
     """Whether a PNG was written by this program."""
     if not path.lower().endswith(".png") or not os.path.isfile(path):
         return False
-    with open(path, "rb") as file:
-        return MARK in file.read(200)
+    try:
+        with open(path, "rb") as file:
+            return MARK in file.read(200)
+    except OSError:                                                # told when it is decoded
+        return False
 
 
 def split_folders(root, say=print):
     """
-    The folders of training and of test images, the latter None if it has to be held out: train/ and val/ (or
-    their other names, in any case) if they are there, else the folder itself. InputError on a test folder
-    without a training folder.
+    The folders of training and of test images: train/ and val/ by any of their names, else the folder itself;
+    None for test images that have to be held out. InputError on a test folder alone.
     """
-    names = {name.lower(): name for name in sorted(os.listdir(root)) if os.path.isdir(os.path.join(root, name))}
+    folders = subfolders(root)
+    names = {name.lower(): name for name in folders}
     train, test = ([names[name] for name in known if name in names] for known in (TRAIN_NAMES, TEST_NAMES))
     if not train and not test:
         return root, None
     if not train:
         raise InputError(f"{root} has {test[0]}/ but no train/: name the folder of training images train")
-    others = sorted(set(names.values()) - {train[0], *test[:1]})
-    if others:
+    if others := [name for name in folders if name not in (train[0], *test[:1])]:
         say(f"left out: {', '.join(others)}, beside {train[0]}/" + (f" and {test[0]}/" if test else ""))
     return os.path.join(root, train[0]), os.path.join(root, test[0]) if test else None
 
 
 def classes_of(images, root, say=print):
-    """
-    The class of every image, its first folder, and the class names in natural order; one class for a flat
-    folder.
-    """
+    """The class of every image, its first folder, and the class names; one class for a flat folder."""
     folders = [image.split(os.sep)[0] if os.sep in image else "" for image in images]
     if not any(folders):
         return ["all"] * len(images), ["all"]
     if not all(folders):
-        raise InputError(f"{root} has images beside its class folders ({images[folders.index('')]}): put each into a class "
-                         "folder, or all into one folder")
-    there = {name for name in os.listdir(root) if os.path.isdir(os.path.join(root, name)) and name[0] not in ".@_"}
-    for name in sorted(there - set(folders)):
-        say(f"left out: the folder {name}, in which there are no images")
-    return folders, sorted(set(folders), key=natural)
+        raise InputError(f"{root} has images beside its class folders ({images[folders.index('')]}): put "
+                         "each into a class folder, or all into one folder")
+    there = set(folders)
+    if empty := [name for name in subfolders(root) if name not in there]:
+        say(f"left out: {len(empty)} folders without images: {', '.join(empty[:5])}")
+    return folders, sorted(there, key=natural)
 
 
 def read_captions(images, root):
     """
-    Captions by image, dict of path -> tuple of str, and complaints, dict of path -> str. From the lists in
-    the folder (metadata.jsonl, or JSON as JourneyDB writes), else from NAME.txt beside each image.
+    Dicts by image: captions (tuple of str) and complaints (str). From the JSON lists in the folder, as
+    Hugging Face and JourneyDB write them, else from NAME.txt beside each image.
     """
     lists = [name for name in sorted(os.listdir(root)) if re.fullmatch(r"[^.].*\.jsonl?", name)]
     captions, complaints, there = {}, {}, set(images)
@@ -490,9 +492,12 @@ def read_captions(images, root):
             try:
                 with open(path, encoding="utf-8-sig") as file:
                     text = clean(file.read(10_000))
-                captions[image] = (text,) * bool(text)
             except UnicodeDecodeError:
+                text = "\0"
+            if "\0" in text:                                # zeros between the letters: UTF-16
                 complaints[image] = f"{path} is not text in UTF-8"
+            else:
+                captions[image] = (text,) * bool(text)
     for image in {*images, *captions}:
         if not captions.get(image):
             complaints.setdefault(image, f"{os.path.join(root, image)} has no caption")
@@ -500,10 +505,7 @@ def read_captions(images, root):
 
 
 def read_list(path):
-    """
-    The (image path, text) pairs of a JSON list or JSON-lines file, as Hugging Face and JourneyDB write them.
-    Paths are relative to the folder, the text "" if there is none. InputError names file and entry.
-    """
+    """The (relative path, text or "") pairs of a JSON or JSON-lines file. InputError names the entry."""
     with reading(path), open(path, encoding="utf-8-sig") as file:
         is_list = file.read(4096).lstrip().startswith("[")
         file.seek(0)
@@ -526,71 +528,89 @@ def clean(text):
     return " ".join(text.encode("utf-8", "ignore").decode().split())
 
 
-def list_folder(root, split, text, data_dir, say=print):
-    """
-    The images of a split of a folder: where they are, relative paths, class of each, class names, captions
-    (dict or None), complaints (dict). Both splits are looked at, so that one that cannot be used is noticed
-    at the start. InputError.
-    """
-    train, test = split_folders(root, say)
-    images = find_images(train, data_dir, say)
-    captions, complaints = read_captions(images, train) if text else (None, {})
+def list_files(folder, text, data_dir, say):
+    """Relative paths, class of each, class names, captions (dict or None), complaints (dict). InputError."""
+    images = find_images(folder, data_dir, say)
+    captions, complaints = read_captions(images, folder) if text else (None, {})
+    if text and images and not captions:
+        raise InputError(f"{folder} has no captions: --text needs a metadata.jsonl, or a .txt each")
     images = sorted({*images, *(captions or ())}, key=natural)
     if not images:
-        raise InputError(f"there are no images in {train} ({', '.join(IMAGE_TYPES)})")
-    folders, names = (["all"] * len(images), ["all"]) if text else classes_of(images, train, say)
+        raise InputError(f"{folder} has no images ({', '.join(IMAGE_TYPES)})")
+    folders, names = (["all"] * len(images), ["all"]) if text else classes_of(images, folder, say)
+    return images, folders, names, captions, complaints
+
+
+def list_folder(root, split, text, data_dir, say=print):
+    """
+    The folder of a split, and what `list_files` says of it, class names being those of the training images.
+    Both splits are looked at: one that cannot be used is an InputError at the start.
+    """
+    train, test = split_folders(root, say)
+    images, folders, names, captions, complaints = list_files(train, text, data_dir, say)
     if test:
-        there = find_images(test, data_dir, lambda line: None)
-        inside = ["all"] * len(there) if text else classes_of(there, test, lambda line: None)[0]
-        if not there or not set(inside) <= set(names):
-            wrong = f"holds {', '.join(sorted(set(inside) - set(names))[:3])}, which {train} lacks" if there else "is empty"
-            raise InputError(f"{test} {wrong}: its folders must be the classes of the training images")
+        there, inside, found, *texts = list_files(test, text, data_dir, silent)
+        if strange := [name for name in found if name not in names]:
+            wrong = "has no class folders" if strange == ["all"] else f"holds {', '.join(strange[:3])}"
+            raise InputError(f"{test} {wrong}, unlike {train}: the folders in it must be classes there")
         if split == "test":
-            captions, complaints = read_captions(there, test) if text else (None, {})
-            return test, there, inside, names, captions, complaints
+            return test, there, inside, names, *texts
         return train, images, folders, names, captions, complaints
     count = Counter(folders)
     held = {i for i in range(19, len(images), 20) if count[folders[i]] > 1}    # no class loses its only image
     if not held:
         say(f"{train} has only {len(images)} images: none is held out, the test split is the training split")
+    elif single := sum(number == 1 for number in count.values()):
+        say(f"held out is every 20th image, but none of {single} classes that have only one")
     keep = [i for i in range(len(images)) if not held or (i in held) == (split == "test")]
     return train, [images[i] for i in keep], [folders[i] for i in keep], names, captions, complaints
 
 
-def load_folder(root, size, data_dir, split, text, skip_bad, flip):
+def decode_once(paths, images, size, data_dir, prefix):
     """
-    A folder of image files, decoded and reduced once into a mapped array in the data folder. See
-    `list_folder`.
+    The files `paths`, named `images`, decoded and reduced once into the data folder: common.Parts (N, 3,
+    size, size), a digest of the files, and a complaint by name for those that cannot be.
     """
-    say = print if split == "train" else (lambda line: None)
-    name = re.sub(r"[^A-Za-z0-9-]+", "_", os.path.basename(root))[:40].strip("_") or "folder"
-    where, images, folders, class_names, captions, complaints = list_folder(root, split, text, data_dir, say)
-    paths = [os.path.join(where, image) for image in images]
     looked = paths[::len(paths) // 1000 + 1]                        # names and sizes of all, contents of some
-    stamp = digest(*images, *(os.path.getsize(path) if os.path.isfile(path) else -1 for path in paths),
-                   *map(sample_of, looked), size)
-    folder = os.path.join(data_dir, f"images_{name}_{split}_{size}_{stamp}")
+    sizes = [os.path.getsize(path) if os.path.isfile(path) and os.access(path, os.R_OK) else -1
+             for path in paths]
+    stamp = digest(*images, *sizes, *map(sample_of, looked), size)
+    folder = os.path.join(data_dir, f"{prefix}_{stamp}")
     if not os.path.isdir(folder):
-        print(f"decoding {len(paths):,} images once, to {size} px: {len(paths) * 3 * size ** 2 / 1e6:.0f} MB in {folder}")
+        megabytes = len(paths) * 3 * size ** 2 / 1e6
+        print(f"decoding {len(paths):,} images once, to {size} px: {megabytes:.0f} MB in {folder}")
 
     def decode(rows):
         out, bad = np.zeros((len(rows), 3, size, size), dtype=np.uint8), {}
         with ThreadPoolExecutor(threads()) as pool:                      # PIL decodes outside Python's lock
             jobs = [pool.submit(load_image, paths[row], size) for row in rows]
         for slot, (row, job) in enumerate(zip(rows, jobs)):
-            if job.exception() is None:
+            try:
                 out[slot] = job.result()
-            else:
-                bad[images[row]] = str(job.exception())
+            except InputError as error:                    # Ctrl-C and the like are no fault of the image
+                bad[images[row]] = str(error)
         if bad:
             write_atomically(os.path.join(folder, f"bad-{rows.start:09d}.json"),
                              lambda file: file.write(json.dumps(bad).encode()))
         return out
 
-    pixels = make_parts(folder, len(paths), decode, "decoding", size=2048, batch=64)
+    pixels, complaints = make_parts(folder, len(paths), decode, "decoding", size=2048, batch=64), {}
     for record in sorted(glob.glob(os.path.join(glob.escape(folder), "bad-*.json"))):
         with reading(record), open(record, encoding="utf-8") as file:
-            complaints = {**complaints, **json.load(file)}
+            complaints.update(json.load(file))
+    return pixels, stamp, complaints
+
+
+def load_folder(root, size, data_dir, split, text, skip_bad, flip):
+    """A folder of image files, see `list_folder` and `decode_once`, as `Arrays`. InputError."""
+    say = print if split == "train" else silent
+    name = re.sub(r"[^A-Za-z0-9-]+", "_", os.path.basename(root))[:40].strip("_") or "folder"
+    where, images, folders, class_names, captions, complaints = list_folder(root, split, text, data_dir, say)
+    say(f"{name}: pictures are {'' if flip else 'not '}mirrored in training" +
+        ("" if flip else "; --mirror if left and right do not matter"))
+    paths = [os.path.join(where, image) for image in images]
+    pixels, stamp, undecoded = decode_once(paths, images, size, data_dir, f"images_{name}_{split}_{size}")
+    complaints = {**complaints, **undecoded}
     bad = [image for image in images if image in complaints]
     if bad and (not skip_bad or len(bad) == len(images)):
         raise InputError(f"{complaints[bad[0]]}; {len(bad)} of {len(images)} images are bad" +
@@ -600,18 +620,22 @@ def load_folder(root, size, data_dir, split, text, skip_bad, flip):
     keep = [i for i, image in enumerate(images) if image not in complaints]
     if captions:
         captions = [captions[images[i]] for i in keep]
+        if several := sum(len(texts) > 1 for texts in captions):
+            say(f"{several} images have several captions: one is drawn at random in every step")
     elif len(class_names) > 1:
         shown = ", ".join(f"{i} {name}" for i, name in enumerate(class_names[:24]))
         say(f"classes: {shown}{f' and {len(class_names) - 24} more' if len(class_names) > 24 else ''}")
+    if lost := sorted({*class_names} - {folders[i] for i in keep}, key=natural):
+        say(f"WARNING: no good training image is left of {', '.join(lost[:5])}")
     numbers = {name: i for i, name in enumerate(class_names)}
-    return Arrays(pixels, keep, name, size, 3, bool(flip), [numbers[folders[i]] for i in keep], class_names, captions,
-                  digest(stamp, len(keep), captions), source=root)
+    return Arrays(pixels, keep, name, size, 3, bool(flip), [numbers[folders[i]] for i in keep], class_names,
+                  captions, digest(stamp, len(keep), captions), source=root)
 
 
 def read_pictures(folder, size=None):
     """
-    Pictures to score: uint8 (N, 3, S, S), and labels (N,) by the natural order of class folders, or None. S
-    is `size`, or what they all have. InputError.
+    Pictures to score, uint8 (N, 3, S, S), S that of the first unless given; labels (N,) in the natural
+    order of the class folders, or None. InputError.
     """
     images = find_images(folder, os.path.join(folder, "data"))
     if not images:
@@ -621,12 +645,14 @@ def read_pictures(folder, size=None):
         with reading(os.path.join(folder, images[0])):
             size = min(open_rgb(os.path.join(folder, images[0])).size)
     pixels = np.stack([load_image(os.path.join(folder, image), size) for image in images])
-    return torch.from_numpy(pixels), torch.tensor([names.index(f) for f in folders]) if len(names) > 1 else None
+    labels = torch.tensor([names.index(name) for name in folders]) if len(names) > 1 else None
+    return torch.from_numpy(pixels), labels
 
 
 # ---- by name
 
-def load_data(name, size=None, data_dir="data", split="train", text=False, skip_bad=False, mirror=None, seed=0):
+def load_data(name, size=None, data_dir="data", split="train", text=False, skip_bad=False, mirror=None,
+              seed=0):
     """
     The data set (an `Images`) of this name: one of BUILT_IN or the path of a folder of images. size: pixels
     per side, None for the set's own; split: "train" or "test"; text: look for captions; skip_bad: leave bad
@@ -634,6 +660,8 @@ def load_data(name, size=None, data_dir="data", split="train", text=False, skip_
     answer: yes for CIFAR-10 and ImageNet, as their recipes have it; seed: of drawn sets. InputError on bad
     names or files.
     """
+    if split not in ("train", "test"):
+        raise InputError(f"a split is train or test, not {split}")
     if size is not None and not 8 <= size <= 1024:
         raise InputError(f"a picture size of {size} is not between 8 and 1024")
     if name in ("shapes", "shapes_text"):
@@ -655,10 +683,7 @@ def to_rgb(images):
 
 
 def grid(images, columns, scale=2):
-    """
-    uint8 images (N, C, S, S), `columns` to a row with a thin gap, enlarged `scale` times -> (height, width,
-    3).
-    """
+    """uint8 (N, C, S, S), `columns` to a row with a thin gap, enlarged -> (height, width, 3)."""
     rgb = to_rgb(images)
     n, size = len(rgb), rgb.shape[1]
     canvas = np.full((math.ceil(n / columns) * (size + 1) - 1, columns * (size + 1) - 1, 3), 255, np.uint8)
@@ -677,7 +702,8 @@ def save_grid(path, images, columns, scale=2):
 
 def save_npz(path, images, labels):
     """Images as the field's evaluators read them: arr_0 (N, S, S, 3) uint8, and the labels as arr_1."""
-    write_atomically(path, lambda file: np.savez(file, arr_0=to_rgb(images), arr_1=np.asarray(labels, np.int64)))
+    labels = np.asarray(labels, np.int64)
+    write_atomically(path, lambda file: np.savez(file, arr_0=to_rgb(images), arr_1=labels))
 
 
 def main(argv=None):
@@ -692,14 +718,16 @@ def main(argv=None):
     parser.add_argument("--seed", type=seed_number, default=0, help="which drawings, and which pictures")
     parser.add_argument("--out", help="the contact sheet (default: data_NAME.png)")
     args = parser.parse_args(argv)
-    data = load_data(args.data, args.size, args.data_dir, args.split, args.text, args.skip_bad, seed=args.seed)
+    data = load_data(args.data, args.size, args.data_dir, args.split, args.text, args.skip_bad,
+                     seed=args.seed)
     chosen = sorted(random.Random(args.seed).sample(range(len(data)), min(args.n, len(data))))
     for row in chosen:
-        print(f"{row:7d}  {data.class_names[data.labels[row]]}", f" |  {data.caption(row)}" if data.captions else "")
+        caption = f" |  {data.caption(row)}" if data.captions else ""
+        print(f"{row:7d}  {data.class_names[data.labels[row]]}", caption)
     out = args.out or f"data_{data.name}.png"
     save_grid(out, data.batch(chosen), 8)
-    print(f"{data.name}: {len(data)} images of {data.size} px, {data.channels} channels, {data.n_class} classes, fingerprint "
-          f"{data.fingerprint}; {len(chosen)} of them are in {out}")
+    print(f"{data.name}: {len(data)} images of {data.size} px, {data.channels} channels, {data.n_class} "
+          f"classes, fingerprint {data.fingerprint}; {len(chosen)} of them are in {out}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ How good are the images? Frechet distance, Inception score, precision, recall, a
 
 Two feature networks. `classifier` (default) is a small CNN, trained once on the real training images in about
 a minute on a CPU; its numbers rank models on one data set within this code base and are *not* FID.
-`inception` is the network of the literature; only its numbers are called FID and IS. Every table states its
-protocol, for a Frechet distance means nothing without the features, the reference and the number of images.
+`inception` is the network of the literature; only its numbers are called FID and IS.
 
 Shapes: N images, C channels, S pixels per side, F features, K classes.
 """
@@ -17,7 +16,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shlex
 import sys
 
 import numpy as np
@@ -26,12 +24,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from bands import lowpass
 from common import (InputError, OneLineParser, command_line, digest, join_processes, load_checkpoint,
-                    only_one, pick_device, positive, reading, save_checkpoint, write_atomically)
+                    only_one, pick_device, positive, reading, save_checkpoint)
 from data import load_data, read_pictures, save_npz
 from sample import add_sampling_flags, load_run, sample_in_parts, sampling_settings
-from tokenizer import fingerprint, to_unit
+from tokenizer import fingerprint
 
 # A TorchScript copy of TensorFlow's 2015 Inception graph, published with StyleGAN2-ADA. It takes RGB images
 # of 0..255 and resizes them to 299 px by itself, the way the first FID code did: do not resize them before.
@@ -59,14 +56,9 @@ def feature_statistics(features):
 def frechet_distance(mu_a, sigma_a, mu_b, sigma_b):
     """
     Squared Frechet distance of two Gaussians (Dowson & Landau 1982; FID is Heusel et al. 2017, eq. 6):
-
-        |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2))
-
-    A B has the eigenvalues of A^(1/2) B A^(1/2), which is symmetric, so they are real and >= 0 up to
-    rounding: two symmetric eigenproblems give the trace, and singular covariances do no harm.
+    |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)). A B has the eigenvalues of the symmetric A^(1/2) B A^(1/2),
+    >= 0 up to rounding: two symmetric eigenproblems give the trace, and singular covariances do no harm.
     """
-    if mu_a.shape != mu_b.shape:
-        raise InputError(f"{mu_a.size} features against {mu_b.size}: statistics of different networks")
     if not all(np.isfinite(x).all() for x in (mu_a, sigma_a, mu_b, sigma_b)):
         raise InputError("the features contain NaN or infinite values: there is no Frechet distance")
     values, vectors = np.linalg.eigh(sigma_a)
@@ -78,9 +70,8 @@ def frechet_distance(mu_a, sigma_a, mu_b, sigma_b):
 
 def inception_score(probabilities, splits=1):
     """
-    exp(mean KL(p(y|x) || p(y))) of probabilities (N, K) (Salimans et al. 2016, sec. 4): from 1, no image
-    tells its class or all are of one class, to K. With more splits, the mean over random parts; the
-    literature takes 10.
+    exp(mean KL(p(y|x) || p(y))) of probabilities (N, K) (Salimans et al. 2016, sec. 4), from 1 to K; with
+    more splits the mean over random parts, of which the literature takes 10.
     """
     p = np.asarray(probabilities, np.float64)
     scores = []
@@ -93,10 +84,9 @@ def inception_score(probabilities, splits=1):
 
 def precision_recall(real, fake, k=3):
     """
-    Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2) of features (N, F) and (M, F): precision
-    is the share of fake images inside the real set, recall the share of real ones inside the fake set, where
-    inside means nearer to some image of the set than that image's k-th neighbour in its set. Take sets of
-    equal size. InputError if one has no more than k images.
+    Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2) of features (N, F), (M, F): the share of
+    fake images inside the real set, and of real ones inside the fake set; inside is nearer to an image of the
+    set than that image's k-th neighbour there. Take equally many of each. InputError if there are too few.
     """
     if min(len(real), len(fake)) <= k:
         raise InputError(f"precision and recall with k={k} need at least {k + 1} images of each set")
@@ -118,19 +108,19 @@ def share_inside(points, manifold, k):
 
 class Classifier(nn.Module):
     """Strided convolutions down to 4 x 4 pixels, a hidden layer of 128: the features, and the classes."""
-    fd_name, is_name, splits = "FD (classifier)", "IS (classifier)", 1
+    fd_name, is_name, splits, width = "FD (classifier)", "IS (classifier)", 1, 128
 
     def __init__(self, data):
         super().__init__()
         self.name, self.n_class = f"classifier of {data.name} {data.fingerprint}", data.n_class
-        layers, width = [], data.channels
+        layers, n_in = [], data.channels
         for i in range(max(1, round(np.log2(data.size / 4)))):               # 3 layers for 32 px
-            wider, kernel = min(32 * 2 ** i, 128), 5 if i == 0 else 3
-            layers += [nn.Conv2d(width, wider, kernel, 2, kernel // 2, bias=False), nn.BatchNorm2d(wider),
-                       nn.ReLU()]
-            width = wider
+            n_out, kernel = min(32 * 2 ** i, 128), 5 if i == 0 else 3
+            convolution = nn.Conv2d(n_in, n_out, kernel, 2, kernel // 2, bias=False)
+            layers += [convolution, nn.BatchNorm2d(n_out), nn.ReLU()]
+            n_in = n_out
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(),
-                                  nn.Linear(16 * width, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU())
+                                  nn.Linear(16 * n_in, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU())
         self.head = nn.Linear(128, data.n_class)
 
     def forward(self, images):
@@ -141,19 +131,18 @@ class Classifier(nn.Module):
 
 def classifier_features(data, device="cpu", data_dir="data"):
     """
-    The Classifier of a training set, read from data_dir or trained now and kept there. Raises InputError if
-    there are no classes. Leaves the caller's random numbers alone.
+    The Classifier of a training set, from data_dir, or trained now and kept there. InputError if there are no
+    classes. Leaves the caller's random numbers alone.
     """
     if data.n_class < 2:
         raise InputError(f"{data.name} has no classes to train the classifier on: use --features inception")
     path = os.path.join(data_dir, f"classifier_{data.name}_{data.size}_{data.fingerprint}.pt")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        with only_one(path):
-            if not os.path.exists(path):
-                state = train_classifier(Classifier(data), data, device)
-                save_checkpoint(path, dict(kind="classifier", state=state))
         net = Classifier(data)
+    with only_one(path):
+        if not os.path.exists(path):
+            save_checkpoint(path, dict(kind="classifier", state=train_classifier(net, data, device)))
     with reading(path):
         net.load_state_dict(load_checkpoint(path, kind="classifier")["state"])
     return net.eval().to(device)
@@ -191,22 +180,19 @@ class InceptionFeatures:
         with reading(path):
             sha256 = hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
             self.net, self.device = torch.jit.load(path, map_location=device).eval(), device
-        self.last = self.net.state_dict().get("output.weight")                              # (K, F)
-        self.name = f"inception-2015-12-05 {sha256[:8]}"
+            self.last = self.net.output.weight.float()                                      # (K, F)
+        self.name, self.width = f"inception-2015-12-05 {sha256[:8]}", self.last.shape[1]
         if sha256 != INCEPTION_SHA256:
             print(f"WARNING: {path} is not the published network: its numbers are no FID", file=sys.stderr)
             self.name, self.fd_name, self.is_name = f"unknown {sha256[:8]}", "FD (unknown)", "IS (unknown)"
 
     def __call__(self, images):
         images = images.expand(-1, 3, -1, -1).contiguous().to(self.device)                  # grey: R = G = B
-        features = self.net(images, return_features=True).float().cpu()
-        # the Inception score's first code left out the bias of the last layer, so all who compare do too
-        if self.last is not None:
-            return features, features @ self.last.float().cpu().T
-        return features, self.net(images, no_output_bias=True).float().log()     # log p: logits again
+        features = self.net(images, return_features=True).float()
+        return features, features @ self.last.T    # no bias: the score's first code left it out, so do all
 
 
-# ---- images in, features and scores out
+# ---- images -> features -> scores
 
 class Pick:
     """Up to `n` images spread evenly over a data set, read only when sliced; with their labels (N,)."""
@@ -239,9 +225,9 @@ def extract(network, images, batch=250):
     return torch.cat(features).numpy(), torch.cat(probabilities).numpy()
 
 
-def reference_of(images, network, batch=250):
+def reference_of(images, network):
     """What to compare with, from real images: dict(mu, sigma, features of up to MOST_PAIRS images)."""
-    features = extract(network, images, batch)[0]
+    features = extract(network, images)[0]
     mu, sigma = feature_statistics(features)
     return dict(mu=mu, sigma=sigma, features=spread(features, MOST_PAIRS))
 
@@ -254,13 +240,12 @@ def attempt(function, *args):
         print(f"note: {error}", file=sys.stderr)
 
 
-def score(images, labels, network, reference, batch=250):
+def score(images, labels, network, reference):
     """
-    Score uint8 images (N, C, S, S), tensor or Pick, against a reference_of(...). `labels` (N,) are the
-    classes asked for, or None. -> dict of n, frechet_distance, inception_score, precision, recall, accuracy;
-    None where there is no value.
+    Score uint8 images (N, C, S, S), tensor or Pick, against a reference_of(...); `labels` (N,) are the
+    classes asked for, or None. -> dict of n and the scores, None where there is no value.
     """
-    features, probabilities = extract(network, images, batch)
+    features, probabilities = extract(network, images)
     distance = attempt(lambda: frechet_distance(
         *feature_statistics(features), reference["mu"], reference["sigma"]))
     row = dict(n=len(features), frechet_distance=distance,
@@ -275,192 +260,132 @@ def score(images, labels, network, reference, batch=250):
     return row
 
 
-@torch.no_grad()
-def band_variances(run, images, bands):
-    """Variance of x^l for every band, (L,), over the latents of uint8 images (N, C, S, S): tensor or Pick."""
-    moments = []
-    for i in range(0, len(images), 250):
-        x = run.tokenizer.encode(to_unit(images[i:i + 250].to(run.device)))[0]              # (B, C, H, H)
-        levels = torch.stack([lowpass(x, k, run.model.cfg.lowpass) for k in bands]).flatten(2)
-        moments.append(torch.stack([levels.mean(2), levels.square().mean(2)]))              # (2, L, B)
-    mean, square = torch.cat(moments, dim=2).cpu().double().mean(2)
-    return square - mean ** 2
-
-
-def pyplot():
-    """matplotlib without a screen, for the charts of extras. Raises InputError if it is not installed."""
-    try:
-        import matplotlib.pyplot
-    except ImportError:
-        raise InputError("charts need matplotlib: pip install matplotlib")
-    matplotlib.pyplot.switch_backend("Agg")
-    return matplotlib.pyplot
-
-
-def save_chart(path, figure):
-    """Write a matplotlib figure as a PNG, and close it."""
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
-    pyplot().close(figure)
-
-
-# ---- what the command reads
-
-def read_arrays(path, size=None):
-    """The arrays of an .npz; of a picture folder arr_0 and, if it has class folders, arr_1. Or InputError."""
-    if os.path.isdir(path):
-        images, labels = read_pictures(path, size)
-        arrays = dict(arr_0=images.permute(0, 2, 3, 1).numpy())
-        return arrays if labels is None else dict(arrays, arr_1=np.asarray(labels))
-    with reading(path), np.load(path, allow_pickle=False) as file:
-        return {key: file[key] for key in file.files}
-
-
-def to_images(arrays, path, shape=None, n_class=None):
-    """
-    arr_0 uint8 (N, S, S, 3 or 1) -> images (N, C, S, S); arr_1 -> labels (N,), or None. They must be of
-    `shape` (C, S, S), where R = G = B may stand for grey, and of `n_class` classes: else InputError.
-    """
-    x, labels = arrays.get("arr_0", np.zeros(0)), arrays.get("arr_1")
-    if x.ndim != 4 or x.shape[3] not in (1, 3) or x.dtype != np.uint8 or not len(x):
-        raise InputError(f"{path}: images must be called arr_0, uint8 (N, S, S, 3), not {x.dtype} {x.shape}")
-    if shape and shape[0] == 1 and (x == x[..., :1]).all():
-        x = x[..., :1]
-    x = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
-    if shape and x.shape[1:] != shape:
-        raise InputError(f"{path} has images of (channels, height, width) {tuple(x.shape[1:])}, which cannot "
-                         f"be compared with {shape}; --size changes that of --data")
-    if labels is not None and (labels.shape != (len(x),) or labels.dtype.kind not in "iu"):
-        raise InputError(f"{path}: labels must be {len(x)} whole numbers, not {labels.dtype} {labels.shape}")
-    if labels is not None and n_class:
-        low, high = labels.min(), labels.max()
-        few = os.path.isdir(path) and high < n_class - 1     # class folders are numbered among themselves
-        if few or low < 0 or high >= n_class:
-            raise InputError(f"{path}: labels run from {low} to {high}, of {n_class} classes")
-    return x, labels
-
-
 # ---- the command: everything is read and compared before the hours of sampling
 
-def open_run(args, device):
-    """The run of --ckpt, with the arguments of FAR.sample as `sampling`. InputError if it draws from text."""
-    run = load_run(args.ckpt, device, not args.no_ema)
-    if run.model.cfg.text_dim:
-        raise InputError(f"{args.ckpt} draws from text: "
-                         f"python -m extras.geneval --ckpt {shlex.quote(args.ckpt)}")
-    run.dtype, run.sampling = args.dtype or run.dtype, sampling_settings(args, run.model.cfg)
-    return run
+def read_images(path, shape=None, size=None):
+    """
+    uint8 images (N, C, S, S) and labels (N,) or None, of an .npz (arr_0 (N, S, S, C), arr_1) or a picture
+    folder. They must be of `shape` (C, S, S), where R = G = B may stand for grey: else InputError.
+    """
+    if os.path.isdir(path):
+        images, labels = read_pictures(path, size)
+    else:
+        with reading(path), np.load(path, allow_pickle=False) as file:
+            images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
+            labels = torch.from_numpy(file["arr_1"]) if "arr_1" in file else None
+    if images.dtype != torch.uint8 or images.shape[1] not in (1, 3) or not len(images):
+        raise InputError(f"{path}: images must be called arr_0 and be uint8 (N, S, S, 3)")
+    if labels is not None and labels.shape != (len(images),):
+        raise InputError(f"{path}: {len(images)} images cannot have labels of shape {tuple(labels.shape)}")
+    return fit(images, shape or images.shape[1:], path), labels
+
+
+def fit(images, shape, path):
+    """Images (N, C, S, S) of `path` as (N, *shape), where R = G = B may stand for grey, or InputError."""
+    if shape[0] == 1 and (images == images[:, :1]).all():
+        images = images[:, :1]
+    if images.shape[1:] != tuple(shape):
+        raise InputError(f"{path} has images of (channels, height, width) {tuple(images.shape[1:])}, which "
+                         f"cannot be compared with {tuple(shape)}")
+    return images
 
 
 def open_inputs(args, run, device):
     """
-    The images to score and their labels (of a run: noise that stands for them), training set and test set (or
-    None), and the feature network. Raises InputError if they do not fit.
+    Images (of a run: noise that stands for them) and labels, training and test set (or None), the feature
+    network. Raises InputError if they do not fit.
     """
-    known = run.data if run else dict(source=None, size=None, data_dir="data")
-    name, size = args.data or known["source"], args.size or known["size"]
-    data_dir, data, test, shape = args.data_dir or known["data_dir"], None, None, None
-    if name:
-        data = load_data(name, size, data_dir, skip_bad=True)
-        test = attempt(lambda: load_data(name, size, data_dir, "test", skip_bad=True))
-        shape = (data.channels, data.size, data.size)
+    known, path, data, test = run.data if run else {}, args.ckpt or args.samples, None, None
     if run:
-        noise = torch.randint(256, (1, known["size"], known["size"], known["channels"])).byte().numpy()
-        arrays = dict(arr_0=noise, arr_1=np.array([len(known["class_names"]) - 1]))
+        images = torch.randint(256, (1, known["channels"], known["size"], known["size"])).byte()
+        labels = torch.arange(args.n) % len(known["class_names"])
     else:
-        arrays = read_arrays(args.samples, size or data and data.size)
+        images, labels = read_images(path)
+    name, data_dir = args.data or known.get("source"), args.data_dir or known.get("data_dir", "data")
+    if name:
+        load = lambda split: load_data(name, images.shape[2], data_dir, split, skip_bad=True)
+        data, test = load("train"), attempt(load, "test")
+        images = fit(images, (data.channels, data.size, data.size), path)
     if args.features == "inception":
-        images, labels = to_images(arrays, args.ckpt or args.samples, shape)
         return images, labels, data, test, InceptionFeatures(args.inception, device, data_dir)
     if not data:
         raise InputError("there is nothing to train the classifier on: add --data, or --features inception")
-    images, labels = to_images(arrays, args.ckpt or args.samples, shape, data.n_class)
+    if labels is not None:
+        low, high = int(labels.min()), int(labels.max())
+        few = not run and os.path.isdir(path) and high < data.n_class - 1    # numbered among themselves
+        if low < 0 or high >= data.n_class or few:
+            raise InputError(f"{path}: labels run from {low} to {high}, of {data.n_class} classes")
     return images, labels, data, test, classifier_features(data, device, data_dir)
 
 
-def open_reference(args, images, data, network):
+def open_reference(args, shape, data, network):
     """
-    What to compare images like these with, see reference_of, and its name: the training set, or --reference:
-    others' images, their statistics (mu, sigma), or both. InputError if there is none, or if it does not fit.
+    What to compare images of this shape with (see reference_of) and its name: the training set, or
+    --reference, others' Inception statistics (mu, sigma) or images. Raises InputError.
     """
+    if not (args.reference or data):
+        raise InputError("there is nothing to compare with: add --data or --reference")
     if not args.reference:
-        if not data:
-            raise InputError("there is nothing to compare with: add --data or --reference")
         real = Pick(data, args.reference_n)
         return reference_of(real, network), f"{len(real)} training images of {data.name}"
-    arrays, reference = read_arrays(args.reference, images.shape[2]), dict(features=None)
-    if "arr_0" in arrays:
-        reference = reference_of(to_images(arrays, args.reference, images.shape[1:])[0], network)
-    width = extract(network, images[:1])[0].shape[1]
-    mu, sigma = (np.asarray(arrays.get(key, 0), np.float64) for key in ("mu", "sigma"))
-    same = str(arrays.get("network", network.name)) == network.name
-    if same and (mu.shape, sigma.shape) == ((width,), (width, width)):       # beside images: of the whole set
-        reference.update(mu=mu, sigma=sigma)
-    if "mu" not in reference:
-        raise InputError(f"{args.reference} has neither images (arr_0) nor (mu, sigma) of {network.name}")
-    return reference, args.reference
-
-
-def sample_run(args, run):
-    """
-    args.n images of a run, image i of class i % K with the noise of (seed, i): uint8 (N, C, S, S), their
-    labels (N,), and the folder where they lie. What is found there is not made again: an interrupted
-    evaluation goes on, and --n 50000 goes on from --n 5000.
-    """
-    key = digest(*map(fingerprint, (run.model, run.tokenizer)), run.sampling, args.seed, run.dtype)
-    folder = args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt)
-    folder = os.path.join(folder, "evaluation", key)                         # new weights, new folder
-    labels = torch.arange(args.n) % len(run.data["class_names"])
-    return sample_in_parts(run, labels, folder, args.seed, args.batch, **run.sampling), labels, folder
+    path = args.reference
+    if args.features == "inception" and not os.path.isdir(path):
+        with reading(path), np.load(path, allow_pickle=False) as file:
+            if "mu" in file:
+                mu, sigma = (file[key].astype(np.float64) for key in ("mu", "sigma"))
+                if sigma.shape != (network.width, network.width):
+                    raise InputError(f"{path} has statistics of another network than {network.name}")
+                return dict(mu=mu, sigma=sigma, features=None), path
+    return reference_of(read_images(path, shape, shape[1])[0], network), path
 
 
 def evaluate(args):
-    """Rows of the table (see `score`), protocol and network; None on other processes than the first."""
+    """
+    Rows of the table (see `score`), protocol and network; None on other processes than the first. Sampling
+    goes on where it was interrupted, and --n 50000 from --n 5000.
+    """
     rank, _, device = join_processes(pick_device(args.device))
     if rank and args.samples:
         return None                                                          # only sampling is shared
-    run = open_run(args, device) if args.ckpt else None
+    run = load_run(args.ckpt, device, not args.no_ema) if args.ckpt else None
+    if run and run.model.cfg.text_dim:
+        raise InputError(f"{args.ckpt} draws from text: see python -m extras.geneval")
+    sampling = sampling_settings(args, run.model.cfg) if run else {}
     images, labels, data, test, network = open_inputs(args, run, device)
-    if args.band_variances and not (run and test):
-        raise InputError("--band-variances needs --ckpt and test images")
     protocol = {"features": network.name, "precision, recall": "k = 3, two sets of equal size"}
     if rank == 0:
-        reference, protocol["reference"] = open_reference(args, images, data, network)
-        if args.write_stats:
-            write_atomically(args.write_stats, lambda file: np.savez(
-                file, mu=reference["mu"], sigma=reference["sigma"], network=np.array(network.name)))
+        reference, protocol["reference"] = open_reference(args, images.shape[1:], data, network)
     if run:
-        images, labels, folder = sample_run(args, run)
-        if rank:
+        run.dtype = args.dtype or run.dtype
+        key = digest(fingerprint(run.model), fingerprint(run.tokenizer), sampling, args.seed, run.dtype)
+        folder = args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt)
+        folder = os.path.join(folder, "evaluation", key)                     # new weights, new folder
+        images = sample_in_parts(run, labels, folder, args.seed, args.batch, **sampling)
+        if images is None:
             return None
         args.samples = os.path.join(folder, "samples.npz")
         save_npz(args.samples, images, labels)
-        protocol.update(step=run.step, seed=args.seed, **run.sampling)
+        protocol.update(step=run.step, seed=args.seed, **sampling)
     protocol["samples"] = args.samples
     rows = {"generated": score(images, labels, network, reference)}
     if test:
         real = Pick(test, len(images))                       # what perfect samples, as many, would score
         rows["real test images"] = score(real, real.labels, network, reference)
-    if args.band_variances:
-        made, true = (band_variances(run, part, run.sampling["bands"]) for part in (images, real))
-        protocol["variance of every band over that of real images"] = (made / true).tolist()
     return rows, protocol, network
 
 
-def parse(argv):
+def get_args(argv):
     parser = OneLineParser(prog="evaluate.py", description=__doc__.split("\n\n")[0].strip())
     add = parser.add_argument
     add("--ckpt", help="run folder, or its far.pt, to sample from")
     add("--samples", help="score these images instead: .npz (arr_0, labels arr_1) or folder")
     add("--n", type=positive, default=5000, help="images to make (%(default)s; papers take 50000)")
     add("--data", help="data set the images are like; default: the run's")
-    add("--size", type=positive, help="its pixels per side; default: the run's, or the set's own")
     add("--data-dir", help="where data and networks are kept; default: the run's, or data")
     add("--features", choices=("classifier", "inception"), default="classifier", help="(%(default)s)")
     add("--inception", help="its TorchScript file; default: downloaded, checked by SHA-256")
     add("--reference", help=".npz (mu, sigma, or images) or folder; default: training images")
     add("--reference-n", type=positive, default=50000, help="at most so many of them (%(default)s)")
-    add("--write-stats", help="also write mu and sigma of the reference to this .npz")
-    add("--band-variances", action="store_true", help="also: does every band vary as in real images?")
     add("--json", action="store_true", help="print one JSON object instead of the table")
     add_sampling_flags(parser)
     args = parser.parse_args(argv)
@@ -470,7 +395,7 @@ def parse(argv):
 
 
 def main(argv=None):
-    args = parse(argv)
+    args = get_args(argv)
     with contextlib.redirect_stdout(sys.stderr):                             # stdout is for the result alone
         result = evaluate(args)
     if result is None:

@@ -38,9 +38,9 @@ from text import ByteEncoder
 # for number, what their checkpoints load into. `band`: ours. Everything else is shared.
 LAYOUTS = {
     "paper":    dict(grid="full", target="full", context="last", mask="linear", loss_weight="sine",
-                     predict="eps", times="uniform", input_noise=0.0, head_attention=0),
+                     predict="eps", times="uniform", noise_levels=4, input_noise=0.0, head_attention=0),
     "released": dict(grid="full", target="full", context="last", mask="none", loss_weight="uniform",
-                     predict="eps", times="uniform", input_noise=0.0, head_attention=0),
+                     predict="eps", times="uniform", noise_levels=4, input_noise=0.0, head_attention=0),
     "band":     dict(grid="band", target="band", context="all", mask="none", loss_weight="uniform",
                      predict="v", times="logit-normal"),
 }
@@ -373,7 +373,7 @@ class FAR(nn.Module):
         for l, (k, w) in enumerate(zip(bands, weights), 1):
             lower, seen = self.raise_band(y, k_in, k), None                               # (B, C, g, g)
             if masked:
-                seen = self.choose_seen(ladder.mask_share("linear", l, L), k, draw, B)
+                seen = self.choose_seen(ladder.mask_share(self.cfg.mask, l, L), k, draw, B)
             if guided:
                 lower, seen = torch.cat([lower, lower]), seen if seen is None else torch.cat([seen, seen])
             z = self.transformer([lower], [k], condition, seen if seen is None else [seen], cache)
@@ -447,6 +447,7 @@ def sampling_defaults(cfg):
     may be climbed. No guidance without a null condition; less temperature for text, where being right counts.
     """
     settings = dict(SAMPLING[cfg.layout], bands=ten_bands(cfg.latent_size) if any_ladder(cfg) else cfg.bands)
+    settings["masked"] = cfg.mask != "none"             # what it was trained on, and better (docs/results.md)
     if not cfg.label_drop:
         settings["cfg"] = 1.0
     if cfg.text_dim:

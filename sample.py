@@ -4,7 +4,7 @@ Draw images from a trained run: a grid, what every band adds, an animation, or a
     python sample.py                                                  # the weights that come with the code
     python sample.py --prompt "a red circle left of a blue star" "two green squares"
     python sample.py --ckpt runs/fashion_mnist_far_tiny --classes bag,sandal --n 16 --cfg 2 --gif
-    python sample.py --ckpt runs/cifar10_far_s --n 50000 --npz        # (N, H, W, 3) uint8 for evaluators; resumes
+    python sample.py --ckpt runs/cifar10_far_s --n 50000 --npz    # (N, H, W, 3) uint8 for evaluators; resumes
     torchrun --nproc_per_node 8 -- sample.py ... --npz                # every process makes its share
 
 The same seed and arguments give the same bytes; image i depends on (seed, i) only: `--n 8` are the first 8 of
@@ -20,8 +20,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from bands import check_bands
-from common import (InputError, OneLineParser, autocast, command_line, digest, join_processes, load_checkpoint, make_parts,
-                    number, pick_device, positive, reading, seed_number, whole_numbers, write_atomically)
+from common import (InputError, OneLineParser, autocast, command_line, digest, join_processes, load_checkpoint,
+                    make_parts, number, pick_device, positive, rank_and_world, reading, seed_number, whole_numbers,
+                    write_atomically)
 from data import grid, save_grid, save_npz
 from diffusion import SAMPLERS
 from far import FAR, FARConfig, any_ladder, sampling_defaults
@@ -36,9 +37,9 @@ COLUMNS = 24                     # the most classes or prompts that a picture sh
 
 def load_run(path, device="cpu", ema=True, build=FAR):
     """
-    A trained run for sampling: `path` is its folder or its far.pt, with tokenizer.pt beside it; build(cfg) makes the model.
-    Returns model and tokenizer in eval mode, data (a dict, see train.about_data), encoder (see text.py), step, device and
-    dtype, as attributes. Raises InputError.
+    A trained run for sampling: `path` is its folder or its far.pt, with tokenizer.pt beside it; build(cfg)
+    makes the model. Returns model and tokenizer in eval mode, data (a dict, see train.about_data), encoder
+    (see text.py), step, device and dtype, as attributes. Raises InputError.
     """
     path = os.path.join(path, "far.pt") if os.path.isdir(path) else path
     if not os.path.exists(path):
@@ -71,8 +72,8 @@ def decode(run, x, batch=64):
 
 def generate(run, shown, seed=0, first=0, batch=64, every_band=False, bar=None, **sampling):
     """
-    Images of what is shown, class numbers or prompts (N of them), image i with the noise of (seed, first + i); `sampling`
-    goes to FAR.sample. -> uint8 (N, c, S, S); with `every_band` a list of those, one per band.
+    Images of what is shown, class numbers or prompts (N of them), image i with the noise of (seed, first +
+    i); `sampling` goes to FAR.sample. -> uint8 (N, c, S, S); with `every_band` a list of those, one per band.
     """
     rows, was_training = [], run.model.training
     run.model.eval()
@@ -93,20 +94,24 @@ def generate(run, shown, seed=0, first=0, batch=64, every_band=False, bar=None, 
 
 def sample_in_parts(run, shown, folder, seed=0, batch=64, **sampling):
     """
-    Images of class numbers or prompts, uint8 (N, c, S, S), by way of files of 250 in `folder`: an interrupted call goes
-    on, a longer one begins with them, and several processes share the work.
+    Images of class numbers or prompts, uint8 (N, c, S, S), by way of files of 250 in `folder`: an interrupted
+    call goes on, a longer one begins with them, and several processes share the work; process 0 alone has the
+    result.
     """
     def make(rows):
         return generate(run, shown[rows.start:rows.stop], seed, rows.start, batch, **sampling).numpy()
 
     parts = make_parts(folder, len(shown), make, "sampling", size=250, batch=batch)
-    return torch.from_numpy(parts[range(len(shown))])
+    return torch.from_numpy(parts[range(len(shown))]) if rank_and_world()[0] == 0 else None
 
 
 # ---- pictures
 
 def draw_pictures(run, folder, seed=0, rows=4):
-    """samples.png, one column per class or prompt; bands.png, one sample per row, one band per column, coarse to fine."""
+    """
+    samples.png, one column per class or prompt; bands.png, one sample per row, one band per column, coarse to
+    fine.
+    """
     columns, sampling = columns_of(run)[:COLUMNS], sampling_defaults(run.model.cfg)
     with tqdm(total=2 * len(sampling["bands"]), desc="pictures", unit="band", leave=False) as bar:
         images = generate(run, columns * rows, seed, batch=COLUMNS * rows, bar=bar, **sampling)
@@ -146,11 +151,10 @@ def add_sampling_flags(parser):
     add = parser.add_argument
     add("--seed", type=seed_number, default=0, help="of the noise")
     add("--cfg", type=number, help="guidance, rising from 1 at the lowest band; 1 is none; by default the model's")
-    add("--steps", type=whole_numbers, help="diffusion steps of every band, or of the lowest and highest: 10 or 40,100")
+    add("--steps", type=whole_numbers, help="diffusion steps of all bands, or of the lowest and highest: 40,100")
     add("--sampler", choices=SAMPLERS, help="of the diffusion head; by default the layout's")
     add("--temperature", type=number, help="scale of the noise: lower is plainer, higher is wilder")
     add("--bands", type=whole_numbers, help="the ladder to climb, e.g. 1,2,4,8; by default the model's")
-    add("--masked", action="store_true", help="hide random tokens of every band from the encoder, as in training")
     add("--no-ema", action="store_true", help="the raw weights instead of their average")
     add("--batch", type=positive, default=64, help="images at once")
     add("--device", help="cuda, mps or cpu; by default the best there is")
@@ -158,7 +162,9 @@ def add_sampling_flags(parser):
 
 
 def sampling_settings(args, cfg):
-    """Arguments of FAR.sample from the command line, the model's defaults where it is silent. Raises InputError."""
+    """
+    Arguments of FAR.sample from the command line, the model's defaults where it is silent. Raises InputError.
+    """
     settings = sampling_defaults(cfg)
     for name in ("bands", "sampler", "steps", "cfg", "temperature"):
         if getattr(args, name) is not None:
@@ -168,20 +174,20 @@ def sampling_settings(args, cfg):
         raise InputError("--steps must be between 1 and 1000, the steps of the training")
     if settings["cfg"] != 1 and cfg.label_drop == 0:
         raise InputError("--cfg needs an unconditional branch, and this model was trained without one: use --cfg 1")
-    if args.masked and cfg.mask == "none":
-        raise InputError("--masked is for models trained with masks (--layout paper, or --set mask=linear)")
     try:
         check_bands(settings["bands"], cfg.latent_size)
     except ValueError as error:
         raise InputError(f"--bands: {error}")
     if settings["bands"] != cfg.bands and not any_ladder(cfg):
-        raise InputError(f"--bands: this model was trained on the ladder {','.join(map(str, cfg.bands))} alone; others can "
-                         "be climbed where the head learns x and levels are drawn singly (--layout paper)")
-    return dict(settings, masked=args.masked)
+        raise InputError(f"--bands: this model was trained on the ladder {','.join(map(str, cfg.bands))} alone; others "
+                         "can be climbed where the head learns x and levels are drawn singly (--layout paper)")
+    return settings
 
 
 def what_to_draw(args, run):
-    """Class numbers or prompts from --classes or --prompt, all that the run knows by default. Raises InputError."""
+    """
+    Class numbers or prompts from --classes or --prompt, all that the run knows by default. Raises InputError.
+    """
     if (args.prompt and not run.model.cfg.text_dim) or (args.classes and run.model.cfg.text_dim):
         raise InputError("this model draws " + ("from text: use --prompt" if args.classes else "classes: use --classes"))
     if args.prompt:
@@ -195,7 +201,9 @@ def what_to_draw(args, run):
 
 
 def read_prompts(given):
-    """Prompts from the command line; "@FILE" stands for the lines of a file. Raises InputError on an empty one."""
+    """
+    Prompts from the command line; "@FILE" stands for the lines of a file. Raises InputError on an empty one.
+    """
     prompts = []
     for item in given:
         if item.startswith("@"):
@@ -234,16 +242,17 @@ def main(argv=None):
     n = args.n or 4 * len(what)
     if args.npz:
         # the same weights, classes or prompts, and settings go on in the same folder
-        key = digest(fingerprint(run.model), fingerprint(run.tokenizer), settings, what, args.seed, args.batch, run.dtype)
+        networks = (fingerprint(run.model), fingerprint(run.tokenizer))
+        parts = f"{out}.parts-{digest(networks, settings, what, args.seed, args.batch, run.dtype)}"
         shown = [what[i % len(what)] for i in range(n)]
-        images = sample_in_parts(run, shown, f"{out}.parts-{key}", args.seed, args.batch, **settings)
-        if rank == 0:
-            labels = range(n) if run.model.cfg.text_dim else shown
-            save_npz(f"{out}.npz", images, torch.tensor([i % len(what) for i in labels] if run.model.cfg.text_dim else shown))
-            shutil.rmtree(f"{out}.parts-{key}")
-            written.append(f"{out}.npz")
+        images = sample_in_parts(run, shown, parts, args.seed, args.batch, **settings)
     if rank:
-        return                                                               # the pictures are few: process 0 draws them
+        return                                                   # the pictures are few: process 0 draws them
+    if args.npz:
+        numbers = list(range(len(what))) if run.model.cfg.text_dim else what  # of the prompts, or the classes
+        save_npz(f"{out}.npz", images, [numbers[i % len(what)] for i in range(n)])
+        shutil.rmtree(parts)
+        written.append(f"{out}.npz")
     columns = what[:COLUMNS]
     few = min(n if len(what) <= COLUMNS else 4 * COLUMNS, 16 * len(columns))
     print(f"{n} images: " + ", ".join(f"{name} {value}" for name, value in settings.items()))

@@ -1,6 +1,5 @@
 """
-Drawn scenes: circles, squares, triangles and stars in six colours, with the truth about every picture and its
-caption.
+Drawn scenes: circles, squares, triangles and stars in six colours, with their truth and a caption.
 
     scene      what is on picture `index`: a pure function of (seed, index)
     render     its pixels
@@ -28,8 +27,7 @@ HELD_OUT = {frozenset(pair.split(" + ")) for pair in (
     "yellow star + cyan triangle", "cyan star + magenta square", "magenta star + green circle",
     "red circle + green triangle", "blue circle + red triangle", "cyan circle + green square",
     "magenta circle + blue triangle", "yellow square + magenta triangle", "cyan square + yellow triangle")}
-# How often a caption says on which side its objects are: "left of" is learnt far sooner once "on the left"
-# is.
+# how often a caption says on which side its objects are: "left of" is learnt sooner once "on the left" is
 PLACED = {"single": 0.8, "two": 0.5}
 SIDES = {"x": ("on the left", "on the right"), "y": ("at the top", "at the bottom")}
 
@@ -49,7 +47,8 @@ def scene(seed, index, captioned=False, task=None, held_out=None):
         if captioned:
             tasks = ("two", "position") if held_out else ("single", "two", "position", "position", "counting")
             chosen = task or rng.choice(tasks)
-            objects = place_in_quarters(rng, captioned_plan(rng, chosen, held_out), apart=chosen == "position")
+            plan = captioned_plan(rng, chosen, held_out)
+            objects = place_in_quarters(rng, plan, apart=chosen == "position")
         else:
             chosen = "class"
             plan = [(KINDS[index % len(KINDS)], rng.uniform(0.3, 0.4))]

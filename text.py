@@ -4,10 +4,6 @@ Text for FAR: captions become a sequence of vectors that every block looks at by
     python train.py --text                     # bytes: a small encoder, trained together with FAR
     python train.py --text Qwen/Qwen2-1.5B     # a frozen Qwen2, by name or folder: pip install transformers
 
-    ByteEncoder    bytes of a word -> one vector, then a small transformer over the words; a part of FAR
-    Qwen2          last hidden state of a frozen language model, as in the paper (1.5B, width 1536)
-    CachedText     its vectors for a whole data set, computed once
-
 Shapes: B captions, M tokens of the longest of them, E width of a text vector. A text is (tokens or vectors,
 visible): visible (B, M) bool is False on the padding, which stands on the right and is never looked at.
 """
@@ -19,7 +15,6 @@ from hashlib import sha256
 import numpy as np
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from common import InputError, faster_dtype, make_files, why
 
@@ -38,8 +33,7 @@ def warn_cut(caption, most, last):
 
 def padding_mask(lengths):
     """Lengths of B captions -> visible (B, M) bool: True on the first `length` tokens."""
-    lengths = torch.as_tensor(lengths)
-    return torch.arange(int(lengths.max())) < lengths[:, None]
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
 # ---- bytes: an encoder without a vocabulary, trained with FAR
@@ -47,26 +41,23 @@ def padding_mask(lengths):
 def byte_tokens(captions):
     """
     Captions (list of str) as the bytes of their words, lower case: tokens (B, M, 12) uint8, visible (B, M).
-    An empty token ends every caption, so that there is always one to look at. A caption of more than 64 words
-    is cut, with a warning.
+    An empty token ends each, so that there is always one. After 64 words it is cut, with a warning.
     """
     words = [WORD.findall(caption.lower().encode("utf-8", "replace")) for caption in captions]
-    for caption, found in zip(captions, words):
-        if len(found) > MOST_WORDS:
-            last = b" ".join(found[MOST_WORDS - 3:MOST_WORDS]).decode(errors="replace")
-            warn_cut(caption, f"{MOST_WORDS} words", last)
     visible = padding_mask([min(len(found), MOST_WORDS) + 1 for found in words])
     tokens = np.zeros((*visible.shape, WORD_BYTES), np.uint8)
-    for row, found in zip(tokens, words):
+    for caption, row, found in zip(captions, tokens, words):
         for slot, word in zip(row, found[:MOST_WORDS]):
             slot[:len(word)] = np.frombuffer(word, np.uint8)
+        if len(found) > MOST_WORDS:
+            warn_cut(caption, f"{MOST_WORDS} words", found[MOST_WORDS - 1].decode(errors="replace"))
     return torch.from_numpy(tokens), visible
 
 
 class ByteEncoder(nn.Module):
     """
-    A caption's words to vectors (B, M, E). A word is the sum of one embedding per (place, byte); `blocks` are
-    transformer blocks of width E. Tokens are words: a caption is ten of them long, and would be sixty bytes.
+    Words to vectors (B, M, E): a word is the sum of one embedding per (place, byte); `blocks` are transformer
+    blocks of width E. Tokens are words: a caption is ten of them long, and would be sixty bytes.
     """
 
     def __init__(self, width, blocks):
@@ -110,9 +101,8 @@ class Qwen2:
         self.name, self.dtype, self.device, self.most_tokens = name, dtype, device, most_tokens
         self.width = self.model.config.hidden_size
         key = sha256(f"{dtype} {most_tokens}".encode())
-        for weight, value in self.model.state_dict().items():
-            raw = value.cpu().contiguous().view(-1).view(torch.uint8)                # numpy has no bf16
-            key.update(weight.encode() + raw.numpy().tobytes())
+        for value in self.model.state_dict().values():
+            key.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # numpy has no bf16
         self.fingerprint = key.hexdigest()[:12]
 
     def token_ids(self, captions):
@@ -122,25 +112,20 @@ class Qwen2:
             if len(ids) > self.most_tokens:
                 last = self.tokenizer.decode(ids[:self.most_tokens][-5:])
                 warn_cut(caption, f"{self.most_tokens} tokens", last)
-        return [ids[:self.most_tokens] or [self.tokenizer.eos_token_id or 0] for ids in found]
+        return [ids[:self.most_tokens] or [self.tokenizer.eos_token_id] for ids in found]
 
     @torch.inference_mode()
     def encode(self, captions):
         """Captions (list of str) -> last hidden state (B, M, E) float32, visible (B, M), on the CPU."""
-        ids = self.token_ids(captions)
-        visible = padding_mask([len(row) for row in ids])
-        tokens = torch.zeros(visible.shape, dtype=torch.long)
-        tokens[visible] = torch.tensor([token for row in ids for token in row])
-        tokens, mask = tokens.to(self.device), visible.to(self.device)
-        hidden = self.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        rows = [torch.tensor(ids) for ids in self.token_ids(captions)]
+        tokens, visible = nn.utils.rnn.pad_sequence(rows, batch_first=True), padding_mask([*map(len, rows)])
+        mask = visible.to(self.device)
+        hidden = self.model(input_ids=tokens.to(self.device), attention_mask=mask.long()).last_hidden_state
         return (hidden.float() * mask[..., None]).cpu(), visible
 
 
 def load_encoder(name, device="cpu", dtype=None):
-    """
-    The encoder of `--text NAME`: None for bytes, which is a part of FAR, else a frozen Qwen2, by default in
-    bf16 on a GPU that has it and in fp32 elsewhere. Raises InputError.
-    """
+    """The encoder of `--text NAME`: None for bytes, a part of FAR, else a frozen Qwen2, on a GPU in bf16."""
     if name == "bytes":
         return None
     device = torch.device(device)
@@ -167,8 +152,7 @@ def text_source(encoder, data, folder):
 class CachedText:
     """
     Vectors of all captions of a data set on the disk, float16, unpadded, in files of `size` captions. Their
-    folder's name carries the fingerprints of the encoder and of all token numbers, so that a changed caption,
-    vocabulary or model is noticed.
+    folder is named by encoder and token numbers, so a changed caption, vocabulary or model is noticed.
     """
 
     def __init__(self, encoder, data, folder, size=1024, batch=32):
@@ -178,7 +162,7 @@ class CachedText:
             captions += [found] if isinstance(found, str) else found
             firsts.append(len(captions))
         key, starts = sha256(encoder.fingerprint.encode()), [0]  # caption j: rows starts[j] to starts[j + 1]
-        for first in tqdm(range(0, len(captions), size), desc="captions", leave=False, delay=2):
+        for first in range(0, len(captions), size):
             for ids in encoder.token_ids(captions[first:first + size]):
                 key.update(repr(ids).encode())
                 starts.append(starts[-1] + len(ids))
@@ -202,4 +186,4 @@ class CachedText:
             file = j // self.size
             start, stop = self.starts[j:j + 2] - self.starts[file * self.size]
             rows.append(torch.from_numpy(np.array(self.files[file][start:stop])))
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True), padding_mask([len(row) for row in rows])
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True), padding_mask([*map(len, rows)])

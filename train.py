@@ -19,6 +19,7 @@ import shlex
 import signal
 import time
 from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, fields
 from types import SimpleNamespace
@@ -38,8 +39,8 @@ from far import FAR, LAYOUTS, PRESETS, FARConfig, Randomness, default_layout, ma
 from muon import Muon
 from sample import draw_pictures, draw_reconstructions
 from text import load_encoder, text_source
-from tokenizer import (cache_latents, default_config, fingerprint, fit_to_data, get_tokenizer, load_tokenizer,
-                       save_tokenizer, time_step, tokenizer_path)
+from tokenizer import (AutoencoderKL, cache_latents, default_config, fingerprint, fit_to_data, get_tokenizer,
+                       load_tokenizer, save_tokenizer, time_step, to_unit, tokenizer_path)
 
 
 def get_args(argv=None):
@@ -81,9 +82,9 @@ def get_args(argv=None):
 # The paper's sizes (FAR, implementation details): AdamW, lr 1e-4 per 256 images, warm-up for a quarter of the
 # run, then constant, 400 epochs, EMA 0.9999, clip 3. The small ones: minutes on two CPU cores, one cosine,
 # Muon.
-PAPER = dict(epochs=400, batch=128, lr=1e-4, lr_per=256, warmup=0.25, cosine=False, muon=False, ema=0.9999,
+PAPER = dict(epochs=400, batch=128, lr=1e-4, lr_per=256, warmup=0.25, decay=False, muon=False, ema=0.9999,
              clip=3.0)
-SMALL = dict(batch=128, lr=1e-2, warmup=0.05, cosine=True, muon=True, ema=0.9999, clip=3.0)
+SMALL = dict(batch=128, lr=1.5e-2, warmup=0.05, decay=True, muon=True, ema=0.9999, clip=3.0)
 RECIPES = {
     "far_nano": dict(SMALL, steps=3000, batch=32),
     "far_tiny": dict(SMALL, steps=2000),
@@ -91,7 +92,6 @@ RECIPES = {
     "far_s": dict(SMALL, steps=100_000, lr=5e-4, muon=False, warmup=0.01),
     "far_t2i": dict(PAPER, epochs=100, ema=0.99, clip=1.0),
 }
-TOKENIZER_STEPS = 2500
 HOUR = 3600 * 0.4 * 400e12       # floating-point operations of an hour on a current GPU: 40% of 400 TFLOP/s
 
 
@@ -101,7 +101,7 @@ def make_recipe(args, changes, cfg, n_images, world):
     sizes train for its epochs on a data set like ImageNet, of a million images, and elsewhere for an hour of
     a GPU.
     """
-    recipe = {"tokenizer": TOKENIZER_STEPS, "lr_per": None, **RECIPES.get(args.model, PAPER), **changes}
+    recipe = {"lr_per": None, **RECIPES.get(args.model, PAPER), **changes}
     recipe["batch"] = args.batch or recipe["batch"]
     recipe["effective"] = effective = recipe["batch"] * args.accum * world
     n_epochs = recipe.pop("epochs", None)
@@ -146,10 +146,9 @@ def some_inputs(cfg, batch, device):
 
 
 def learning_rate(step, recipe):
-    """Linear warm-up, then constant (FAR) or a cosine to zero."""
+    """Linear warm-up, then constant (FAR) or linear to zero."""
     warm = min(1, (step + 1) / max(recipe["warmup"], 1))
-    shape = 0.5 * (1 + math.cos(math.pi * step / recipe["steps"])) if recipe["cosine"] else 1
-    return recipe["lr"] * warm * shape
+    return recipe["lr"] * warm * (1 - step / recipe["steps"] if recipe["decay"] else 1)
 
 
 def make_optimizer(model, recipe, weight_decay=0.02):
@@ -259,9 +258,7 @@ def fit(run):
     looks: values are read from the device, logged and checked; now and then the run is saved and pictures are
     drawn. False if it was stopped.
     """
-    stop, rows, waited, since, saved_at = [], [], 0.0, time.time(), time.time()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.append(1))
+    rows, waited, since, saved_at, stop = [], 0.0, time.time(), time.time(), run.stop
     steps, stream = run.recipe["steps"], run.batches(run.start * run.accum)
     bar = tqdm(range(run.start, steps), "FAR", steps, initial=run.start, unit="step", disable=run.rank > 0)
     for step in bar:
@@ -292,6 +289,18 @@ def fit(run):
         if stopping:
             return False
     return True
+
+
+@contextmanager
+def signals_noted():
+    """A list that is no longer empty once Ctrl-C or SIGTERM has come, which do nothing else in this block."""
+    noted, names = [], (signal.SIGINT, signal.SIGTERM)
+    before = {name: signal.signal(name, lambda *_: noted.append(1)) for name in names}
+    try:
+        yield noted
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def read_values(rows, run):
@@ -378,7 +387,8 @@ def configure(args, data, tokenizer_cfg, encoder, world):
             changes[name] = kind(text)
         except (ValueError, ArgumentTypeError):
             raise InputError(f"--set {item}: {text!r} is not a valid {kinds[name].__name__}")
-    recipe_changes = {name: changes.pop(name) for name in list(changes) if name in of_recipe}
+    recipe_changes = dict(tokenizer=tokenizer_cfg.steps)
+    recipe_changes.update({name: changes.pop(name) for name in list(changes) if name in of_recipe})
     preset = PRESETS[args.model]
     if args.text:
         changes["text_dim"] = encoder.width if encoder else preset["width"]
@@ -403,7 +413,7 @@ def announce(args, data, cfg, recipe, world, device):
           f"{args.accum} accumulated x {world} processes)")
 
 
-def estimate(args, data, cfg, recipe, start, tokenizer, tokenizer_cfg, device):
+def estimate(args, data, cfg, recipe, start, tokenizer, tokenizer_cfg, device, build):
     """Say how long it will all take, from timed steps, and on a CPU what CPUs are for."""
     def seconds_of(function):
         function()                                                # the first call prepares memory and kernels
@@ -411,7 +421,7 @@ def estimate(args, data, cfg, recipe, start, tokenizer, tokenizer_cfg, device):
         function()
         return time.time() - began
 
-    model, some = FAR(cfg).to(device), recipe["batch"]
+    model, some = build(cfg).to(device), recipe["batch"]
     if device.type == "cpu":                             # a large model is timed on fewer images
         some = max(1, min(some, round(2e11 * some / count_flops(cfg, some))))
     run = SimpleNamespace(model=model, ema=deepcopy(model), optimizer=make_optimizer(model, recipe),
@@ -422,6 +432,10 @@ def estimate(args, data, cfg, recipe, start, tokenizer, tokenizer_cfg, device):
     path = tokenizer_path(args.data_dir, data, tokenizer_cfg, recipe["tokenizer"])
     if not (tokenizer or os.path.exists(path)):
         stages["tokenizer"] = time_step(tokenizer_cfg, device, args.dtype) * recipe["tokenizer"]
+        probe = AutoencoderKL(tokenizer_cfg).to(device).requires_grad_(False)
+        some = lambda: to_unit(data.batch(torch.randint(len(data), (64,)))).to(device)
+        encode = lambda: probe.encode(some())[0].sum().item()
+        stages["latents"] = seconds_of(encode) * (1 + data.flip) * len(data) / 64
     print(f"timed steps say about {duration(sum(stages.values()))}: "
           f"{', '.join(f'{name} {duration(seconds)}' for name, seconds in stages.items())}", flush=True)
     if device.type == "cpu" and sum(stages.values()) > 7200:
@@ -504,7 +518,7 @@ def main(argv=None, build=FAR):
     if rank == 0:
         announce(args, data, cfg, recipe, world, device)
         if start < recipe["steps"]:
-            estimate(args, data, cfg, recipe, start, tokenizer, tokenizer_cfg, device)
+            estimate(args, data, cfg, recipe, start, tokenizer, tokenizer_cfg, device, build)
 
     tokenizer = (tokenizer or get_tokenizer(data, held_out, tokenizer_cfg, args.data_dir, recipe["tokenizer"],
                                             args.seed, device, args.dtype)).to(device)
@@ -524,11 +538,12 @@ def main(argv=None, build=FAR):
     shown = SimpleNamespace(model=ema, tokenizer=tokenizer, encoder=encoder, device=device, dtype=args.dtype,
                             data=about)
     batches = Batches(latents, data.labels, texts, scale, args.seed, recipe["batch"], device, rank, world)
-    finished = fit(SimpleNamespace(
-        model=DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model, ema=ema,
-        optimizer=optimizer, recipe=recipe, batches=batches, start=start, accum=args.accum, seed=args.seed,
-        out=args.out, save=save, shown=shown, light=sum(p.numel() for p in model.parameters()) < 50e6,
-        device=device, dtype=args.dtype, rank=rank, world=world))
+    with signals_noted() as stop:
+        finished = fit(SimpleNamespace(
+            model=DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model, ema=ema,
+            optimizer=optimizer, recipe=recipe, batches=batches, start=start, accum=args.accum, out=args.out,
+            seed=args.seed, save=save, shown=shown, stop=stop, device=device, dtype=args.dtype, rank=rank,
+            world=world, light=sum(p.numel() for p in model.parameters()) < 50e6))
     if rank == 0:
         say_goodbye(args, finished, shown, held_out)
 

@@ -25,7 +25,7 @@ import train
 from bands import doubling_bands, every_band
 from common import InputError, OneLineParser, command_line, positive, reading, write_atomically
 from data import load_data
-from evaluate import Pick, classifier_features, pyplot, reference_of, save_chart, score
+from evaluate import Pick, classifier_features, reference_of, score
 from far import sampling_defaults
 from sample import generate, load_run
 from tokenizer import default_config, get_tokenizer, save_tokenizer
@@ -145,6 +145,22 @@ def write_table(title, rows):
     return lines
 
 
+def pyplot():
+    """matplotlib without a screen. Raises InputError if it is not installed."""
+    try:
+        import matplotlib.pyplot
+    except ImportError:
+        raise InputError("charts need matplotlib: pip install matplotlib")
+    matplotlib.pyplot.switch_backend("Agg")
+    return matplotlib.pyplot
+
+
+def save_chart(path, figure):
+    """Write a matplotlib figure as a PNG, and close it."""
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    pyplot().close(figure)
+
+
 def draw_bars(path, title, rows):
     """One bar per row, the mean Frechet distance, with a dot for every seed."""
     figure, axis = pyplot().subplots(figsize=(7, 0.7 + 0.35 * len(rows)), layout="constrained")
@@ -183,7 +199,7 @@ def shared_things(args):
     data, held_out = (load_data(args.data, SIZE, args.data_dir, split) for split in ("train", "test"))
     cfg, path = default_config(data.size, data.channels), os.path.join(args.out, "tokenizer.pt")
     classifier_features(data, "cpu", args.data_dir)
-    steps = min(train.TOKENIZER_STEPS, max(10, 5 * args.steps // 4))
+    steps = min(cfg.steps, max(10, 5 * args.steps // 4))
     save_tokenizer(path, get_tokenizer(data, held_out, cfg, args.data_dir, steps, dtype="fp32"))
     return path
 

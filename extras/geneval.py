@@ -5,12 +5,8 @@ GenEval at laptop scale: does the picture show what the prompt says? Six categor
     python -m extras.geneval                            # how often is the checker itself right?
 
 GenEval (Ghosh et al. 2023) asks an object detector whether photographs show the objects, numbers, colours and
-positions of a prompt. Here the objects are coloured shapes, and `find_objects` is the detector: it looks at
-pixels only, shares nothing with the code that draws them, and is measured on real drawings.
-
-    find_objects       pixels -> shapes, colours, places
-    prompts            the six prompt sets, of combinations seen in training or held out from it
-    check              are the objects found those of the prompt?
+positions of a prompt. Here the objects are coloured shapes, and the detector, `find_objects`, looks at pixels
+only and is measured on real drawings.
 
 Shapes: S pixels per side; an image is uint8 (S, S, 3). Lengths are in picture widths.
 """
@@ -35,17 +31,13 @@ CATEGORIES = ("single object", "two objects", "counting", "colours", "position",
 TASKS = dict(zip(CATEGORIES, ("single", "two", "counting", "single", "position", "two")))  # of shapes.scene
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three"}
-PUBLISHED = (0.85, 0.29, 0.31, 0.59, 0.06, 0.09, 0.37)    # FAR on GenEval itself, and the mean
 HUES = ("red", "yellow", "green", "cyan", "blue", "magenta")  # every 60 degrees
 
 
 # ---- the checker
 
 def components(kind):
-    """
-    Connected regions of equal kind >= 0 (edges touch; corners do not count). kind int (S, S) -> int (S, S), a
-    number per region, -1 elsewhere.
-    """
+    """Connected regions of equal kind >= 0 (no corners): int (S, S), a number for each, -1 elsewhere."""
     label = np.where(kind >= 0, np.arange(kind.size).reshape(kind.shape), -1)
     down = (kind[1:] == kind[:-1]) & (kind[1:] >= 0)
     right = (kind[:, 1:] == kind[:, :-1]) & (kind[:, 1:] >= 0)
@@ -61,10 +53,9 @@ def components(kind):
 
 def find_objects(image):
     """
-    The coloured objects of an image, uint8 (S, S, 3): a list of dict(shape, color, x, y, area), shape None
-    for a blob that is none of the four. Backgrounds are grey, so chroma (largest minus smallest channel)
-    tells an object from its background, its edge is where chroma falls to half, and mixing with grey leaves
-    hue alone.
+    The coloured objects of an image, uint8 (S, S, 3): dicts of shape, color, x, y, area; shape None for a
+    blob that is none of the four. Backgrounds are grey, so chroma (largest minus smallest channel) tells an
+    object from them, its edge is where chroma falls to half, and mixing with grey leaves hue alone.
     """
     size = len(image) * -(-96 // len(image))                 # at 64 px the waves of a small star drown
     rgb = torch.from_numpy(image).permute(2, 0, 1)[None].double()
@@ -94,9 +85,8 @@ def find_objects(image):
 
 def outline_waves(x, y, n=36):
     """
-    The distance of the outline from the centroid as a function of the angle, by Fourier: amplitudes of 0 to 6
-    waves a turn, over the mean: a triangle has three waves, a square four, a star five. x, y: the object's
-    pixels (n,).
+    Amplitudes of 0 to 6 waves a turn, over the mean, of the outline's distance from the centroid, by Fourier:
+    a triangle has three waves, a square four, a star five. x, y: the object's pixels (n,).
     """
     sector = ((np.arctan2(y - y.mean(), x - x.mean()) / (2 * np.pi) % 1) * n).astype(int) % n
     radius = np.sqrt(np.bincount(sector, minlength=n))       # a sector's area grows with the radius squared
@@ -157,13 +147,7 @@ def check(category, prompt, found):
     if category != "position":
         return True
     a, b = (found[kinds.index(kind)] for kind in prompt["kinds"])
-    return place_of(a, b) == prompt["relation"]
-
-
-def place_of(a, b):
-    """Where a is seen from b, by the larger of the two distances between their centres."""
-    across, down = a["x"] - b["x"], a["y"] - b["y"]
-    return RELATIONS[int(across > 0)] if abs(across) > abs(down) else RELATIONS[2 + int(down > 0)]
+    return relation(a, b) == prompt["relation"]
 
 
 def geneval(draw, per_prompt=4):
@@ -184,14 +168,6 @@ def geneval(draw, per_prompt=4):
 
 # ---- how good is the checker?
 
-def truth_of(category, seed, held_out, size):
-    """A real drawing of a category and its prompt, from the ground truth."""
-    truth = scene(seed, 2 * 10 ** 9, True, TASKS[category], held_out)
-    kinds = tuple((thing["color"], thing["shape"]) for thing in truth["objects"])
-    where = relation(*truth["objects"]) if category == "position" else None
-    return render(truth, size), dict(text=prompt_text(kinds, where), kinds=kinds, relation=where)
-
-
 def wrong_prompt(category, prompt, rng):
     """This prompt with one thing wrong that its category looks at: shape, number, colour(s) or place."""
     kinds, where = [list(kind) for kind in prompt["kinds"]], prompt["relation"]
@@ -208,7 +184,7 @@ def wrong_prompt(category, prompt, rng):
         part, known = (0, COLORS) if category == "colours" else (1, SHAPES)
         i = rng.randrange(len(kinds))
         kinds[i][part] = other(known, kinds[i][part])
-    return dict(text="", kinds=tuple(map(tuple, kinds)), relation=where)
+    return dict(kinds=tuple(map(tuple, kinds)), relation=where)
 
 
 def validate(n=200, size=32, through=lambda images: images):
@@ -218,11 +194,15 @@ def validate(n=200, size=32, through=lambda images: images):
     """
     rates = {}
     for category in CATEGORIES:
-        pairs, rng = [truth_of(category, seed, None, size) for seed in range(n)], random.Random(category)
-        found = [find_objects(image) for image in through(np.stack([image for image, _ in pairs]))]
-        right = [check(category, prompt, objects) for objects, (_, prompt) in zip(found, pairs)]
-        wrong = [check(category, wrong_prompt(category, prompt, rng), objects)
-                 for objects, (_, prompt) in zip(found, pairs)]
+        truths = [scene(seed, 2 * 10 ** 9, True, TASKS[category]) for seed in range(n)]
+        found = map(find_objects, through(np.stack([render(truth, size) for truth in truths])))
+        right, wrong, rng = [], [], random.Random(category)
+        for truth, objects in zip(truths, found):
+            kinds = tuple((thing["color"], thing["shape"]) for thing in truth["objects"])
+            where = relation(*truth["objects"]) if category == "position" else None
+            prompt = dict(kinds=kinds, relation=where)
+            right.append(check(category, prompt, objects))
+            wrong.append(check(category, wrong_prompt(category, prompt, rng), objects))
         rates[category] = float(np.mean(right)), float(np.mean(wrong))
     return rates
 
@@ -247,15 +227,14 @@ def score_run(run, args, sampling):
     return rows
 
 
-def table(rows):
-    """Lines of `score_run`: shares right, and their mean over the categories that are there."""
-    titles = [category.replace("colour attribution", "attribution") for category in (*CATEGORIES, "mean")]
-    lines = [" " * 26 + "".join(f"{title:>15}" for title in titles)]
+def print_table(rows):
+    """Shares right of `score_run`, their mean over the categories that are there, and how many pictures."""
+    titles = [*(name.replace("colour attribution", "attribution") for name in CATEGORIES), "mean", "pictures"]
+    print(" " * 26 + "".join(f"{title:>15}" for title in titles))
     for name, rates in rows.items():
         cells = [f"{rates[category][0]:.2f}" if category in rates else "-" for category in CATEGORIES]
-        cells.append(f"{np.mean([share for share, _ in rates.values()]):.2f}")
-        lines.append(f"{name:26}" + "".join(f"{cell:>15}" for cell in cells))
-    return lines
+        cells += [f"{np.mean([share for share, _ in rates.values()]):.2f}", sum(n for _, n in rates.values())]
+        print(f"{name:26}" + "".join(f"{cell:>15}" for cell in cells))
 
 
 def main(argv=None):
@@ -283,14 +262,9 @@ def main(argv=None):
     how = dict(sampling, seed=args.seed, step=run.step)
     if args.json:
         return print(json.dumps(dict(rows, sampling=how)))
-    print("\n".join(table(rows)))
-    print(f"{'FAR, published':26}{''.join(f'{share:15.2f}' for share in PUBLISHED)}"
-          "   another task: GenEval itself, photographs\n")
-    numbers = (f"{name} {sum(n for _, n in rates.values())}" for name, rates in rows.items())
-    print(f"pictures: {', '.join(numbers)}\n"
-          "seen: combinations that are in training pictures; held out: objects that never met in one\n"
-          "a picture is right if it shows what the prompt says and nothing else\n"
-          "real drawings: how often the checker is right; through the tokenizer: after encoding, decoding\n"
+    print_table(rows)
+    print("\nright: what the prompt says and nothing else; held out: objects that never met in training\n"
+          "real drawings: how often the checker is right, also after the tokenizer\n"
           f"sampling: {', '.join(f'{key} {value}' for key, value in how.items())}")
 
 

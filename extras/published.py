@@ -4,9 +4,9 @@ The authors' FAR checkpoints (far_base, far_large, far_huge) as an ordinary run 
     python -m extras.published checkpoint-last.pth kl16.ckpt runs/far_b
     python sample.py --ckpt runs/far_b --classes 207,360
 
-The network is the `released` layout of far.py, only the names differ; sizes are read from the shapes of the tensors.
-Missing or unexpected names are refused. Their files hold an argparse.Namespace beside the tensors, the one class that
-is allowed in; nothing in them is executed.
+The network is the `released` layout of far.py, only the names differ; sizes are read from the shapes of the
+tensors. Missing or unexpected names are refused. Their files hold an argparse.Namespace beside the tensors,
+the one class that is allowed in; nothing in them is executed.
 """
 import argparse
 import os
@@ -49,7 +49,10 @@ HEADS = {768: 12, 1024: 16, 1280: 16}                  # attention heads by widt
 
 
 def our_name(name):
-    """The name in far.py of a tensor of the authors' checkpoint. An unknown name stays as it is, and is refused later."""
+    """
+    The name in far.py of a tensor of the authors' checkpoint. An unknown name stays as it is, and is refused
+    later.
+    """
     start = max((theirs for theirs in NAMES if name.startswith(theirs)), key=len, default="")
     name = NAMES.get(start, "") + name[len(start):]
     if name.startswith("head.blocks."):
@@ -59,7 +62,10 @@ def our_name(name):
 
 
 def config_of(weights, n_head=None):
-    """The FARConfig of their tensors, by the shapes; n_head only for widths other than theirs. Raises KeyError and kin."""
+    """
+    The FARConfig of their tensors, by the shapes; n_head only for widths other than theirs. Raises KeyError
+    and kin.
+    """
     n_class, width = weights["class_emb.weight"].shape
     n_tokens = weights["diffusion_pos_embed_learned"].shape[1]
     size = int(n_tokens ** 0.5)
@@ -74,8 +80,8 @@ def config_of(weights, n_head=None):
 
 def load_published(path, n_head=None):
     """
-    The authors' checkpoint -> its FARConfig, and the averaged and the raw weights by our names (dicts). Raises InputError on
-    a file that is not one, with the names that do not fit.
+    The authors' checkpoint -> its FARConfig, and the averaged and the raw weights by our names (dicts).
+    Raises InputError on a file that is not one, with the names that do not fit.
     """
     content = load_checkpoint(path, allow=[argparse.Namespace])
     if not (isinstance(content, dict) and "model_ema" in content and "model" in content):
@@ -87,7 +93,7 @@ def load_published(path, n_head=None):
             # theirs has no std per band: the head learns x itself
             state = {"band_std": torch.ones(cfg.latent_size + 1), **{our_name(k): v for k, v in weights.items()}}
             with torch.device("meta"):
-                FAR(cfg).load_state_dict(state, assign=True)             # strict: what does not fit is named here
+                FAR(cfg).load_state_dict(state, assign=True)         # strict: what does not fit is named here
             states.append(state)
     return cfg, *states
 

@@ -10,6 +10,7 @@ from PIL import Image
 from common import command_line
 from data import load_data
 from tokenizer import TokenizerConfig, train_tokenizer
+from train import main
 
 torch.set_num_threads(1)       # as in the subprocesses: other numbers of threads round sums differently
 
@@ -18,15 +19,14 @@ torch.set_num_threads(1)       # as in the subprocesses: other numbers of thread
 def cli(capsys):
     """main(argv) of a script as from the command line: (exit code, stdout, last line of stderr)."""
     def run(main, *argv):
-        handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             command_line(lambda: main([str(word) for word in argv]))
             code = 0
         except SystemExit as stop:
             code = stop.code or 0
         finally:
-            signal.signal(signal.SIGINT, handlers[0])
-            signal.signal(signal.SIGTERM, handlers[1])
+            signal.signal(signal.SIGTERM, handler)
             gc.collect()                    # a run's lock goes with the frame of a main that was interrupted
         said, errors = capsys.readouterr()
         return code, said, errors.strip().split("\n")[-1]
@@ -54,9 +54,5 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_run(tiny):
     """The folder of a finished run of twelve steps."""
-    import train
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    train.main([str(word) for word in [*tiny[1], "--steps", 12, "--out", tiny[0] / "run"]])
-    signal.signal(signal.SIGINT, handlers[0])
-    signal.signal(signal.SIGTERM, handlers[1])
+    main([str(word) for word in [*tiny[1], "--steps", 12, "--out", tiny[0] / "run"]])
     return str(tiny[0] / "run")

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import sample
 import text
+import train
 from blocks import CrossAttention
 from common import InputError, load_checkpoint
 from far import FAR, Randomness, make_config
@@ -74,15 +76,6 @@ def test_padding_never_changes_the_result(kind, layout):
 
 
 @KINDS
-def test_cached_bands_equal_all_bands_at_once(kind):
-    model = text_model(kind)
-    inputs, ks = [torch.randn(2, 4, k, k) for k in model.cfg.bands], model.cfg.bands
-    condition, cache = model.condition(text=some_text(kind)), {}
-    one_by_one = [model.transformer([x], [k], condition, cache=cache) for x, k in zip(inputs, ks)]
-    assert torch.allclose(torch.cat(one_by_one, dim=1), model.transformer(inputs, ks, condition), atol=1e-5)
-
-
-@KINDS
 def test_the_text_is_encoded_once_per_image_and_not_once_per_band(kind):
     model, calls = text_model(kind), []
     layers = [module for module in model.modules() if isinstance(module, CrossAttention)]
@@ -96,10 +89,14 @@ def test_the_text_is_encoded_once_per_image_and_not_once_per_band(kind):
 
 
 @KINDS
-def test_the_null_text_does_not_depend_on_the_text_and_guidance_uses_it(kind):
+def test_bands_one_by_one_equal_all_at_once_and_the_null_text_does_not_depend_on_the_text(kind):
     model, drop, given = text_model(kind), torch.ones(2, dtype=torch.bool), some_text(kind)
-    inputs = [torch.randn(2, 4, k, k) for k in model.cfg.bands]
-    z = [model.transformer(inputs, model.cfg.bands, model.condition(text=t, drop=drop))
+    ks = model.cfg.bands
+    inputs = [torch.randn(2, 4, k, k) for k in ks]
+    condition, cache = model.condition(text=given), {}
+    one_by_one = [model.transformer([x], [k], condition, cache=cache) for x, k in zip(inputs, ks)]
+    assert torch.allclose(torch.cat(one_by_one, dim=1), model.transformer(inputs, ks, condition), atol=1e-5)
+    z = [model.transformer(inputs, ks, model.condition(text=t, drop=drop))
          for t in (given, tuple(part.flip(0) for part in given))]
     assert torch.allclose(*z, atol=1e-6)
     assert not torch.allclose(draw(model, given, cfg=1.0), draw(model, given, cfg=3.0), atol=1e-4)
@@ -123,15 +120,12 @@ def test_the_byte_encoder_is_trained_with_the_model(layout):
 
 # ---- bytes
 
-def test_words_are_tokens_of_their_bytes():
+def test_words_are_tokens_of_their_bytes_and_a_long_caption_is_cut_with_one_warning(capsys):
     tokens, visible = byte_tokens(["A red  star!", "größer", ""])
     read = lambda i: [bytes(word[word > 0].tolist()) for word in tokens[i].numpy()[:int(visible[i].sum())]]
     assert read(0) == [b"a", b"red", b"star", b"!", b""]
     assert read(1) == ["größer".encode(), b""] and read(2) == [b""]
     assert byte_tokens(["a" * 30])[0].shape[1] == 4                      # a long word is three tokens
-
-
-def test_a_long_caption_is_cut_with_a_warning_that_says_where(capsys):
     long = " ".join(f"w{i}" for i in range(MOST_WORDS + 5))
     assert int(byte_tokens([long])[1].sum()) == MOST_WORDS + 1
     said = capsys.readouterr().err
@@ -182,7 +176,7 @@ def qwen(tmp_path_factory):
     return folder
 
 
-def test_the_vectors_are_the_last_hidden_state_and_padding_does_not_change_them(qwen):
+def test_the_vectors_are_the_last_hidden_state_and_a_long_prompt_is_cut_with_a_warning(qwen, capsys):
     from transformers import AutoTokenizer, Qwen2ForCausalLM
     encoder = text.load_encoder(qwen, "cpu", "fp32")
     vectors, visible = encoder.encode(CAPTIONS)
@@ -197,49 +191,47 @@ def test_the_vectors_are_the_last_hidden_state_and_padding_does_not_change_them(
     half = text.load_encoder(qwen, "cpu", "bf16")
     assert half.fingerprint != encoder.fingerprint
     assert 0 < (half.encode(CAPTIONS)[0] - vectors).abs().max() < 0.1
-
-
-def test_a_long_prompt_of_qwen2_is_cut_with_a_warning_that_says_where(qwen, capsys):
-    encoder = text.Qwen2(qwen, most_tokens=10)
-    vectors, visible = encoder.encode(["abcdefghijklmnop", "abc", ""])
+    short = text.Qwen2(qwen, most_tokens=10)
+    vectors, visible = short.encode(["abcdefghijklmnop", "abc", ""])
     assert visible.sum(dim=1).tolist() == [10, 3, 1]             # of nothing, the end token is left
     said = capsys.readouterr().err
     assert "after 10 tokens" in said and 'at "... fghij"' in said
-    assert torch.allclose(vectors[0], encoder.encode(["abcdefghij"])[0][0], atol=1e-5)
+    assert torch.allclose(vectors[0], short.encode(["abcdefghij"])[0][0], atol=1e-5)
 
 
 def test_vectors_are_cached_once_and_continue_where_they_were_interrupted(qwen, tmp_path, monkeypatch):
-    encoder, calls = text.load_encoder(qwen), []
+    encoder, calls, stop = text.load_encoder(qwen), [], []
     captions = [f"{CAPTIONS[i % 3]} {i}" for i in range(11)]
     captions[7] = captions[7], "picture 7"
-    data = Captioned(captions)
-    original, kept = encoder.encode, dict(size=4, batch=3)
+    data, original = Captioned(captions), encoder.encode
     direct, visible = original([data.caption(i, 0.7) for i in (7, 0, 10)])
 
     def counted(captions):
-        if len(calls) == 3 and "stop" in os.listdir(tmp_path):
+        if stop and len(calls) == 3:
             raise KeyboardInterrupt
         return calls.append(len(captions)) or original(captions)
 
+    def cache(folder, data):
+        calls.clear()
+        return text.CachedText(encoder, data, str(tmp_path / folder), size=4, batch=3)
+
     monkeypatch.setattr(encoder, "encode", counted)
-    cached = text.CachedText(encoder, data, str(tmp_path / "a"), **kept)
+    cached = cache("a", data)
     assert calls == [3, 1, 3, 1, 3, 1], "12 captions of 11 images, in files of 4"
     vectors, seen = cached(torch.tensor([7, 0, 10]), torch.tensor([0.7, 0.1, 0.999]))
     assert vectors.dtype == torch.float16 and torch.equal(seen, visible)
     assert torch.allclose(vectors.float(), direct, atol=2e-3)
-    text.CachedText(encoder, data, str(tmp_path / "a"), **kept)
-    assert len(calls) == 6, "it was not cached"
-    calls.clear()
-    (tmp_path / "stop").mkdir()
+    cache("a", data)
+    assert not calls, "it was not cached"
+    stop.append(True)
     with pytest.raises(KeyboardInterrupt):
-        text.CachedText(encoder, data, str(tmp_path / "b"), **kept)
-    (tmp_path / "stop").rmdir()
-    calls.clear()
-    again = text.CachedText(encoder, data, str(tmp_path / "b"), **kept)
+        cache("b", data)
+    stop.clear()
+    again = cache("b", data)
     assert calls == [3, 1, 3, 1]
     assert all((a == b).all() for a, b in zip(again.files, cached.files))
-    text.CachedText(encoder, Captioned([*data.captions[:-1], "another"]), str(tmp_path / "b"), **kept)
-    assert len(calls) == 10, "a changed caption was not noticed"
+    cache("b", Captioned([*captions[:-1], "another"]))
+    assert calls == [3, 1, 3, 1, 3, 1], "a changed caption was not noticed"
 
 
 def test_what_cannot_be_loaded_is_one_line_that_says_what_to_do(tmp_path, monkeypatch):
@@ -273,18 +265,12 @@ def mini(tmp_path_factory):
 @pytest.fixture(scope="module")
 def mini_run(mini):
     """The folder of a finished run with the byte encoder."""
-    import train
     out = str(mini[0] / "run")
     train.main([*mini[1], "--text", "--out", out])
     return out
 
 
-def weights_of(out):
-    return load_checkpoint(os.path.join(out, "far.pt"))["ema"]
-
-
 def test_stopping_and_starting_again_is_bit_for_bit_with_the_byte_encoder(mini, mini_run, monkeypatch):
-    import train
     out, calls, original = str(mini[0] / "broken"), [], train.train_step
 
     def stop_later(*arguments):
@@ -296,15 +282,15 @@ def test_stopping_and_starting_again_is_bit_for_bit_with_the_byte_encoder(mini, 
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", stop_later)
         train.main([*mini[1], "--text", "--out", out])
-    assert load_checkpoint(os.path.join(out, "far.pt"))["step"] < 4
+    read = lambda folder: load_checkpoint(os.path.join(folder, "far.pt"))
+    assert read(out)["step"] < 4
     train.main([*mini[1], "--text", "--out", out])
-    ours, unbroken = weights_of(out), weights_of(mini_run)
+    ours, unbroken = read(out)["ema"], read(mini_run)["ema"]
     assert any("text_encoder" in name for name in ours)
     assert all(torch.equal(ours[name], unbroken[name]) for name in unbroken)
 
 
 def test_prompts_are_drawn_from_the_command_line_and_from_a_file(mini_run, tmp_path, capsys):
-    import sample
     (tmp_path / "prompts.txt").write_text("two red circles\n\na green star\n")
     flags = ["--ckpt", mini_run, "--steps", "2", "--out", str(tmp_path / "a"), "--npz"]
     sample.main([*flags, "--prompt", "a yellow star above a green square", f"@{tmp_path / 'prompts.txt'}"])
@@ -318,9 +304,6 @@ def test_prompts_are_drawn_from_the_command_line_and_from_a_file(mini_run, tmp_p
 @needs_transformers
 def test_a_run_with_qwen2_is_trained_sampled_and_knows_its_encoder(mini, qwen, tmp_path):
     from transformers import Qwen2ForCausalLM
-
-    import sample
-    import train
     folder, out = str(tmp_path / "qwen"), str(tmp_path / "run")
     shutil.copytree(qwen, folder)
     train.main([*mini[1], "--text", folder, "--out", out])
