@@ -77,9 +77,7 @@ def both_axes(matrix, x):
 
 
 def lowpass(x, k, kind="spatial"):
-    """
-    x^l of the paper: x (B, C, H, H) with k frequencies per axis kept; all of x for k = H, zeros for k = 0.
-    """
+    """x^l: x (B, C, H, H) with k frequencies per axis kept; all of it for k = H, zeros for k = 0."""
     down, up = lowpass_matrices(x.shape[-1], k, kind)
     return both_axes((up @ down).to(x), x)
 

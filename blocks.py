@@ -10,10 +10,7 @@ import torch.nn.functional as F
 
 
 def fast_attention(q, k, v, mask=None, dropout=0.0):
-    """
-    Scaled dot-product attention, (B, heads, N, d) each. On a CPU in float32: there, bf16's backward is 3
-    times slower.
-    """
+    """Attention, (B, heads, N, d) each. On a CPU in float32: there bf16's backward is slow."""
     if q.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout)
@@ -41,9 +38,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """
-    Attention to the text. With a cache, its keys and values are computed once per image, not once per band.
-    """
+    """Attention to the text; with a cache, its keys and values are computed once per image."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -90,10 +85,7 @@ class Block(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """
-    A transformer block with adaLN-zero on the tokens of one band, as in DiT (Peebles & Xie 2023, section
-    3.2).
-    """
+    """A block with adaLN-zero on the tokens of one band, as in DiT (Peebles & Xie 2023, sec. 3.2)."""
 
     def __init__(self, width, n_head):
         super().__init__()

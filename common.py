@@ -125,9 +125,7 @@ def duration(seconds):
 # ---- device, arithmetic, random numbers
 
 def pick_device(name=None):
-    """
-    The device by name, or the best there is: cuda, mps, cpu. Raises InputError for one that is not there.
-    """
+    """The device by name, or the best there is: cuda, mps, cpu. Raises InputError."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -139,9 +137,7 @@ def pick_device(name=None):
 
 
 def autocast(device, dtype):
-    """
-    bf16 arithmetic where it is safe (dtype "bf16"), or none ("fp32"). fp16 is not offered: black images.
-    """
+    """bf16 arithmetic where it is safe, or none ("fp32"). fp16 is not offered: black images."""
     kind = torch.device(device).type
     return nullcontext() if kind == "meta" else torch.autocast(kind, torch.bfloat16, enabled=dtype == "bf16")
 
@@ -195,9 +191,7 @@ def rank_and_world():
 
 
 def join_processes(device):
-    """
-    Meet the other processes of torchrun, if there are any: this one's rank, their number, and its device.
-    """
+    """Meet the other processes of torchrun, if any: this one's rank, their number, its device."""
     rank, world = rank_and_world()
     if world > 1 and not dist.is_initialized():
         if device.type == "cuda":
@@ -282,14 +276,12 @@ class Parts:
         return self.shape[0]
 
     def __getitem__(self, rows):
-        """
-        Row numbers, or (row numbers, an index into each row) -> array (n, ...). Only these are read, by 8
-        threads.
-        """
+        """Row numbers, or (row numbers, an index into each row) -> array (n, ...), by 8 threads."""
         rows, inner = rows if isinstance(rows, tuple) else (rows, [slice(None)] * len(rows))
         places = [(*divmod(int(row), self.size), i) for row, i in zip(rows, inner)]
         shares = [places[i:i + 16] for i in range(0, len(places), 16)]
-        copied = self.pool.map(lambda share: np.stack([self.arrays[part][at][i] for part, at, i in share]), shares)
+        read = lambda share: np.stack([self.arrays[part][at][i] for part, at, i in share])
+        copied = self.pool.map(read, shares)
         return np.concatenate(list(copied))
 
 

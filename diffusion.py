@@ -168,10 +168,7 @@ class DiffusionHead(nn.Module):
         return self.output(self.norm(h) * (1 + scale) + shift).float().chunk(2, dim=-1)
 
     def to_x0(self, prediction, xt, alpha, sigma):
-        """
-        The clean token that a prediction implies, of the noise or of v = alpha noise - sigma x_0 (Salimans &
-        Ho 2022).
-        """
+        """The clean token that a prediction of noise, or of v (Salimans & Ho 2022), implies."""
         return (xt - sigma * prediction) / alpha if self.predict == "eps" else alpha * xt - sigma * prediction
 
     def draw_times(self, kind, draw, B, *shape, mean=0.0):
@@ -237,10 +234,7 @@ class DiffusionHead(nn.Module):
 # ---- samplers: denoise(x_s, s) -> x_0 and v; s counts down over the steps of the chain
 
 def ddpm(chain, denoise, noise, temperature):
-    """
-    Ancestral sampling with the learned variance (Ho et al. 2020, algorithm 2); the temperature scales its
-    noise.
-    """
+    """Ancestral, with the learned variance (Ho et al. 2020, algorithm 2); temperature scales its noise."""
     x = noise()
     for s in reversed(range(len(chain.times))):
         x0, v = denoise(x, s)
@@ -251,9 +245,7 @@ def ddpm(chain, denoise, noise, temperature):
 
 
 def ddim(chain, denoise, noise, temperature):
-    """
-    Song et al. 2021, eq. 12 with eta = 0: deterministic given the first noise, which the temperature scales.
-    """
+    """Song et al. 2021, eq. 12, eta = 0: deterministic given the first noise, which temperature scales."""
     x = noise() * temperature
     for s in reversed(range(len(chain.times))):
         x0, _ = denoise(x, s)
@@ -264,9 +256,7 @@ def ddim(chain, denoise, noise, temperature):
 
 
 def dpmpp(chain, denoise, noise, temperature):
-    """
-    DPM-Solver++(2M), Lu et al. 2022, algorithm 2: second order, for few steps; temperature as in `ddim`.
-    """
+    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2: second order, for few steps."""
     x, before, h_before = noise() * temperature, None, None
     for s in reversed(range(len(chain.times))):
         x0, _ = denoise(x, s)

@@ -285,10 +285,7 @@ class FAR(nn.Module):
         return x
 
     def choose_seen(self, share, k, draw, B):
-        """
-        The tokens of band k that the encoder sees when a `share` of them is hidden: LongTensor (B, n), at
-        random.
-        """
+        """The tokens of band k that are seen when a random `share` is hidden: LongTensor (B, n)."""
         n = self.side(k) ** 2
         hidden = min(math.floor(share * n + draw.host.random()), n)      # rounded at random: right on average
         return draw(torch.rand, B, n).argsort(dim=1)[:, hidden:]

@@ -20,9 +20,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from bands import check_bands
-from common import (InputError, OneLineParser, autocast, command_line, digest, join_processes, load_checkpoint,
-                    make_parts, number, pick_device, positive, rank_and_world, reading, seed_number, whole_numbers,
-                    write_atomically)
+from common import (InputError, OneLineParser, autocast, command_line, digest, join_processes,
+                    load_checkpoint, make_parts, number, pick_device, positive, rank_and_world, reading,
+                    seed_number, whole_numbers, write_atomically)
 from data import grid, save_grid, save_npz
 from diffusion import SAMPLERS
 from far import FAR, FARConfig, any_ladder, sampling_defaults
@@ -55,9 +55,10 @@ def load_run(path, device="cpu", ema=True, build=FAR):
         raise InputError(f"the tokenizer.pt beside {path} makes other latents than the model reads")
     encoder = load_encoder(data["text"], device, data["text_dtype"]) if data.get("text") else None
     if encoder and encoder.fingerprint != data["text_fingerprint"]:
-        raise InputError(f"{data['text']} is not the text model that {path} was trained with: its weights have changed")
-    return SimpleNamespace(model=model.eval().requires_grad_(False).to(device), tokenizer=tokenizer.to(device), data=data,
-                           encoder=encoder, step=checkpoint["step"], device=torch.device(device), dtype=checkpoint["dtype"])
+        raise InputError(f"{data['text']} has changed: it is not the text model that {path} was trained with")
+    model = model.eval().requires_grad_(False).to(device)
+    return SimpleNamespace(model=model, tokenizer=tokenizer.to(device), data=data, encoder=encoder,
+                           step=checkpoint["step"], device=torch.device(device), dtype=checkpoint["dtype"])
 
 
 @torch.inference_mode()
@@ -108,10 +109,7 @@ def sample_in_parts(run, shown, folder, seed=0, batch=64, **sampling):
 # ---- pictures
 
 def draw_pictures(run, folder, seed=0, rows=4):
-    """
-    samples.png, one column per class or prompt; bands.png, one sample per row, one band per column, coarse to
-    fine.
-    """
+    """samples.png, a column per class or prompt; bands.png, a row per sample, a column per band."""
     columns, sampling = columns_of(run)[:COLUMNS], sampling_defaults(run.model.cfg)
     with tqdm(total=2 * len(sampling["bands"]), desc="pictures", unit="band", leave=False) as bar:
         images = generate(run, columns * rows, seed, batch=COLUMNS * rows, bar=bar, **sampling)
@@ -140,8 +138,8 @@ def save_gif(path, ladder, columns):
     """An animation from the coarsest band to the image. ladder: for every band uint8 (N, c, S, S)."""
     frames = [Image.fromarray(grid(images, columns)) for images in ladder]
     frames += [frames[-1]] * 3
-    write_atomically(path, lambda file: frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:],
-                                                       duration=400, loop=0))
+    write_atomically(path, lambda file: frames[0].save(
+        file, format="GIF", save_all=True, append_images=frames[1:], duration=400, loop=0))
 
 
 # ---- the command line
@@ -150,21 +148,19 @@ def add_sampling_flags(parser):
     """The flags of every script that samples."""
     add = parser.add_argument
     add("--seed", type=seed_number, default=0, help="of the noise")
-    add("--cfg", type=number, help="guidance, rising from 1 at the lowest band; 1 is none; by default the model's")
-    add("--steps", type=whole_numbers, help="diffusion steps of all bands, or of the lowest and highest: 40,100")
+    add("--cfg", type=number, help="guidance, rising from 1 at the lowest band; 1 is none")
+    add("--steps", type=whole_numbers, help="diffusion steps of all bands, or first and last: 40,100")
     add("--sampler", choices=SAMPLERS, help="of the diffusion head; by default the layout's")
     add("--temperature", type=number, help="scale of the noise: lower is plainer, higher is wilder")
     add("--bands", type=whole_numbers, help="the ladder to climb, e.g. 1,2,4,8; by default the model's")
     add("--no-ema", action="store_true", help="the raw weights instead of their average")
     add("--batch", type=positive, default=64, help="images at once")
     add("--device", help="cuda, mps or cpu; by default the best there is")
-    add("--dtype", choices=("bf16", "fp32"), help="arithmetic of the networks; by default that of the training")
+    add("--dtype", choices=("bf16", "fp32"), help="arithmetic; by default that of the training")
 
 
 def sampling_settings(args, cfg):
-    """
-    Arguments of FAR.sample from the command line, the model's defaults where it is silent. Raises InputError.
-    """
+    """Arguments of FAR.sample from the command line, else the model's defaults. InputError."""
     settings = sampling_defaults(cfg)
     for name in ("bands", "sampler", "steps", "cfg", "temperature"):
         if getattr(args, name) is not None:
@@ -173,37 +169,35 @@ def sampling_settings(args, cfg):
     if max(settings["steps"]) > 1000:
         raise InputError("--steps must be between 1 and 1000, the steps of the training")
     if settings["cfg"] != 1 and cfg.label_drop == 0:
-        raise InputError("--cfg needs an unconditional branch, and this model was trained without one: use --cfg 1")
+        raise InputError("--cfg needs a null condition, and this model was trained without one: use --cfg 1")
     try:
         check_bands(settings["bands"], cfg.latent_size)
     except ValueError as error:
         raise InputError(f"--bands: {error}")
     if settings["bands"] != cfg.bands and not any_ladder(cfg):
-        raise InputError(f"--bands: this model was trained on the ladder {','.join(map(str, cfg.bands))} alone; others "
-                         "can be climbed where the head learns x and levels are drawn singly (--layout paper)")
+        known = ",".join(map(str, cfg.bands))
+        raise InputError(f"--bands: this model was trained on {known} alone; other ladders can be climbed "
+                         "where the head learns x and levels are drawn singly (--layout paper)")
     return settings
 
 
 def what_to_draw(args, run):
-    """
-    Class numbers or prompts from --classes or --prompt, all that the run knows by default. Raises InputError.
-    """
+    """Class numbers or prompts from --classes or --prompt; by default all. InputError."""
     if (args.prompt and not run.model.cfg.text_dim) or (args.classes and run.model.cfg.text_dim):
-        raise InputError("this model draws " + ("from text: use --prompt" if args.classes else "classes: use --classes"))
+        way = "from text: use --prompt" if args.classes else "classes: use --classes"
+        raise InputError(f"this model draws {way}")
     if args.prompt:
         return read_prompts(args.prompt)
     names, chosen = run.data["class_names"], []
     for text in (args.classes or "").split(",") if args.classes else ():
         if text not in names and not (text.isascii() and text.isdigit() and int(text) < len(names)):
-            raise InputError(f"--classes: {text!r} is neither a class of this model nor a number below {len(names)}")
+            raise InputError(f"--classes: {text!r} is neither a class nor a number below {len(names)}")
         chosen.append(names.index(text) if text in names else int(text))
     return chosen or columns_of(run)
 
 
 def read_prompts(given):
-    """
-    Prompts from the command line; "@FILE" stands for the lines of a file. Raises InputError on an empty one.
-    """
+    """Prompts from the command line; "@FILE" stands for the lines of a file. InputError."""
     prompts = []
     for item in given:
         if item.startswith("@"):
@@ -217,15 +211,16 @@ def read_prompts(given):
 
 
 def get_args(argv=None):
-    parser = OneLineParser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="sample.py", description=__doc__,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", default=PRETRAINED, help="folder of a run, or its far.pt; by default the weights beside this file")
+    add("--ckpt", default=PRETRAINED, help="a run's folder, or its far.pt; by default ours")
     add("--classes", help="names or numbers, e.g. bag,3; by default all")
-    add("--prompt", nargs="+", metavar="TEXT", help="for a model trained on text; @FILE holds one prompt a line")
+    add("--prompt", nargs="+", metavar="TEXT", help="for text models; @FILE: a prompt a line")
     add("--n", type=positive, help="how many images, the classes or prompts in turn; by default 4 of each")
-    add("--out", help="the picture, and the beginning of other names; by default sample.png in the run's folder")
+    add("--out", help="the picture; by default sample.png in the run's folder")
     add("--gif", action="store_true", help="also an animation from blur to image")
-    add("--npz", action="store_true", help="also an npz with arr_0, (N, H, W, 3) uint8, and arr_1, the labels")
+    add("--npz", action="store_true", help="also an npz: arr_0 (N, H, W, 3) uint8, arr_1 labels")
     add_sampling_flags(parser)
     return parser.parse_args(argv)
 
@@ -236,7 +231,8 @@ def main(argv=None):
     run = load_run(args.ckpt, device, not args.no_ema)
     run.dtype = args.dtype or run.dtype
     settings, what = sampling_settings(args, run.model.cfg), what_to_draw(args, run)
-    folder = "." if args.ckpt == PRETRAINED else args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt)
+    folder = args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt)
+    folder = "." if args.ckpt == PRETRAINED else folder
     out, written = (args.out or os.path.join(folder, "sample")).removesuffix(".png"), []
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     n = args.n or 4 * len(what)

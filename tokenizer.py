@@ -335,7 +335,8 @@ def start_from_patches(tokenizer, images):
 def axis_lowpasses(size, unit, device):
     """The low-passes of an axis that keep unit, 2 unit, ..., size frequencies: (size / unit, size, size)."""
     pairs = (lowpass_matrices(size, k, "spatial") for k in range(unit, size + 1, unit))
-    return torch.stack([up @ down for down, up in pairs]).to(device)
+    with autocast(device, "fp32"):                               # kept, so whoever asks first
+        return torch.stack([up @ down for down, up in pairs]).to(device)
 
 
 def keep_frequencies(x, k, unit=1):

@@ -101,7 +101,7 @@ def make_recipe(args, changes, cfg, n_images, world):
     sizes train for its epochs on a data set like ImageNet, of a million images, and elsewhere for an hour of
     a GPU.
     """
-    recipe = {"lr_per": None, **RECIPES.get(args.model, PAPER), **changes}
+    recipe = {"tokenizer": 2500, "lr_per": None, **RECIPES.get(args.model, PAPER), **changes}
     recipe["batch"] = args.batch or recipe["batch"]
     recipe["effective"] = effective = recipe["batch"] * args.accum * world
     n_epochs = recipe.pop("epochs", None)
@@ -121,9 +121,7 @@ def make_recipe(args, changes, cfg, n_images, world):
 
 
 def count_flops(cfg, batch, build=FAR):
-    """
-    Floating-point operations of a training step without the optimizer's, counted by torch without running it.
-    """
+    """Floating-point operations of a training step, counted by torch without running it."""
     with torch.device("meta"):
         model = build(cfg)
         inputs = some_inputs(cfg, batch, "meta")
@@ -175,10 +173,7 @@ def make_optimizer(model, recipe, weight_decay=0.02):
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
-    """
-    Moving average of the weights. A flat 0.9999 would be mostly initial noise for 7,000 steps, so it warms
-    up.
-    """
+    """Average of the weights; a flat 0.9999 would be initial noise for 7,000 steps: it warms up."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
@@ -220,10 +215,7 @@ class Batches:
         self.seed, self.batch, self.device, self.rank, self.world = seed, batch, device, rank, world
 
     def __call__(self, start):
-        """
-        Micro-batches from number `start` on, without end: (x, draw, labels, text), the arguments of
-        FAR.forward.
-        """
+        """Micro-batches from number `start` on, without end: arguments of FAR.forward."""
         whole = self.batch * self.world
         numbered = enumerate(epochs(start * whole, whole, len(self.labels), self.seed), start)
         for number, *parts in prefetch(self.read, numbered, ahead=3):
@@ -234,9 +226,7 @@ class Batches:
             yield x, draw, labels, tuple(text) or None
 
     def read(self, numbered):
-        """
-        (number, indices of the global batch) -> number and this rank's part of it, tensors in host memory.
-        """
+        """(number, indices of the global batch) -> number and this rank's part, in host memory."""
         number, everyone = numbered
         mine = slice(self.rank * self.batch, (self.rank + 1) * self.batch)
         chance = Randomness(self.seed + 2, number)
@@ -304,9 +294,7 @@ def signals_noted():
 
 
 def read_values(rows, run):
-    """
-    Loss, error of every band, gradient norm: means over the last steps and all processes, a list of floats.
-    """
+    """Loss, error of every band, gradient norm: means over steps and processes, a list of floats."""
     rows = torch.stack(rows)
     mean = rows.nanmean(dim=0)                                          # nan: a band that no step has trained
     mean[-1] = rows[:, -1].mean()                                    # but a gradient that is nan must be seen
@@ -346,9 +334,7 @@ def cut_log(path, start):
 # ---- the stages of main
 
 def open_inputs(args, device):
-    """
-    Everything the user gave, opened before any long work: training and test images, text encoder, tokenizer.
-    """
+    """All that the user gave, opened before any long work: images, text encoder, tokenizer."""
     data, held_out = (
         load_data(args.data, args.size, args.data_dir, split, text=bool(args.text), skip_bad=args.skip_bad,
                   mirror=args.mirror or None)
@@ -369,9 +355,7 @@ def open_inputs(args, device):
 
 
 def configure(args, data, tokenizer_cfg, encoder, world):
-    """
-    FARConfig and recipe from preset, layout, data, tokenizer, text encoder and --set. Raises InputError.
-    """
+    """FARConfig and recipe from preset, layout, data, tokenizer, encoder and --set. InputError."""
     kinds = {field.name: field.type for field in fields(FARConfig)}
     for name in ("layout", "latent_size", "latent_dim", "n_class", "text_dim", "byte_depth"):
         del kinds[name]                                           # these follow from the data and other flags
@@ -443,10 +427,7 @@ def estimate(args, data, cfg, recipe, start, tokenizer, tokenizer_cfg, device, b
 
 
 def resume_point(path, identity, rank=0):
-    """
-    The last whole checkpoint of this run at `path`, or None. If it is damaged, the one before, and it says
-    so.
-    """
+    """The last whole checkpoint of this run, or None; in place of a damaged one the one before."""
     for candidate in filter(os.path.exists, (path, previous(path))):
         try:
             found = load_checkpoint(candidate, "far")

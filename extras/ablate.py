@@ -43,9 +43,9 @@ TABLES = {
     "target": ("S1: what the head learns (every band is sampled)", [
         ("the band x^l", CHANGE("target=band"), dict(bands=ALL)), ("x itself, S1", [], dict(bands=ALL))]),
     "mask": ("S2: share of tokens hidden in training", [
-        ("none", CHANGE("mask=none"), {}), ("linear, 0.7 to 0 (paper)", [], {}),
-        ("linear, masked sampling too", [], dict(masked=True)),
-        ("truncated normal (released code)", CHANGE("mask=truncnorm"), {})]),
+        ("none", CHANGE("mask=none"), {}), ("linear, 0.7 to 0 (paper), sampled masked too", [], {}),
+        ("linear, all tokens seen in sampling", [], dict(masked=False)),
+        ("truncated normal (released code), sampled masked too", CHANGE("mask=truncnorm"), {})]),
     "weight": ("S3: loss weight of the bands", [
         ("uniform", CHANGE("loss_weight=uniform"), {}), ("sine, rising (the words)", [], {}),
         ("the article's formula", CHANGE("loss_weight=article"), {})]),

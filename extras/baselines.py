@@ -273,8 +273,8 @@ def main(argv=None):
     network, dtype = classifier_features(data, device, args.data_dir), faster_dtype(device)
     reference, test = reference_of(Pick(data, 50000), network), Pick(held_out, args.n)
     cfg = default_config(data.size, data.channels)
-    tokenizer = get_tokenizer(data, held_out, cfg, args.data_dir, min(cfg.steps, max(10, 5 * args.seconds)), 0,
-                              device, dtype)
+    steps = min(cfg.steps, max(10, 5 * args.seconds))
+    tokenizer = get_tokenizer(data, held_out, cfg, args.data_dir, steps, 0, device, dtype)
     path = os.path.join(args.out, "tokenizer.pt")
     save_tokenizer(path, tokenizer)
     real = Pick(data, args.n)

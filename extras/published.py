@@ -10,6 +10,7 @@ the one class that is allowed in; nothing in them is executed.
 """
 import argparse
 import os
+import shlex
 from dataclasses import asdict
 
 import torch
@@ -71,11 +72,11 @@ def config_of(weights, n_head=None):
     size = int(n_tokens ** 0.5)
     count = lambda start: len({name[len(start):].split(".")[0] for name in weights if name.startswith(start)})
     return FARConfig(
-        layout="released", latent_size=size, latent_dim=weights["z_proj.weight"].shape[1], bands=every_band(size),
-        n_class=n_class, width=width, n_head=n_head or HEADS[width], depth=count("encoder_blocks."),
+        layout="released", latent_size=size, latent_dim=weights["z_proj.weight"].shape[1], n_class=n_class,
+        bands=every_band(size), width=width, n_head=n_head or HEADS[width], depth=count("encoder_blocks."),
         n_cond=weights["encoder_pos_embed_learned"].shape[1] - n_tokens, dropout=0.1,
-        head_width=weights["diffloss.net.input_proj.weight"].shape[0], head_depth=count("diffloss.net.res_blocks."),
-        **LAYOUTS["released"])
+        head_width=weights["diffloss.net.input_proj.weight"].shape[0],
+        head_depth=count("diffloss.net.res_blocks."), **LAYOUTS["released"])
 
 
 def load_published(path, n_head=None):
@@ -91,7 +92,8 @@ def load_published(path, n_head=None):
         states = []
         for weights in (content["model_ema"], content["model"]):
             # theirs has no std per band: the head learns x itself
-            state = {"band_std": torch.ones(cfg.latent_size + 1), **{our_name(k): v for k, v in weights.items()}}
+            state = {our_name(name): value for name, value in weights.items()}
+            state["band_std"] = torch.ones(cfg.latent_size + 1)
             with torch.device("meta"):
                 FAR(cfg).load_state_dict(state, assign=True)         # strict: what does not fit is named here
             states.append(state)
@@ -109,13 +111,15 @@ def main(argv=None):
     cfg, ema, raw = load_published(args.checkpoint, args.heads)
     tokenizer = load_tokenizer(args.tokenizer)
     tokenizer.cfg.image_size = cfg.latent_size * tokenizer.cfg.stride    # convolutional: it takes any size
-    data = dict(name="imagenet", source=None, size=tokenizer.cfg.image_size, channels=3, data_dir=os.path.abspath("data"),
-                class_names=[str(i) for i in range(cfg.n_class)], tokenizer=fingerprint(tokenizer))
+    data = dict(name="imagenet", source=None, size=tokenizer.cfg.image_size, channels=3,
+                data_dir=os.path.abspath("data"), class_names=[str(i) for i in range(cfg.n_class)],
+                tokenizer=fingerprint(tokenizer))
     os.makedirs(args.out, exist_ok=True)
     save_tokenizer(os.path.join(args.out, "tokenizer.pt"), tokenizer)
     save_checkpoint(os.path.join(args.out, "far.pt"), dict(
         kind="far", step=0, run={}, dtype="fp32", config=asdict(cfg), data=data, model=raw, ema=ema))
-    print(f"written: {args.out}/far.pt and tokenizer.pt\nnext:    python sample.py --ckpt {args.out} --classes 207,360")
+    print(f"written: {args.out}/far.pt and tokenizer.pt\n"
+          f"next:    python sample.py --ckpt {shlex.quote(args.out)} --classes 207,360")
 
 
 if __name__ == "__main__":

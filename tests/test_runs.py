@@ -343,7 +343,6 @@ def test_the_same_seed_gives_the_same_bytes_and_fewer_images_are_the_first_ones(
     assert np.abs(np.load(tmp_path / "c.npz")["arr_0"].astype(int) - images["arr_0"][:3]).max() <= 1
     assert draw("d", "--n", 6, "--seed", 1)[".png"] != first[".png"]
     assert draw("e", "--n", 6, "--no-ema")[".png"] != first[".png"]
-    assert draw("f", "--n", 6, "--masked")[".png"] != first[".png"]
     assert draw("g", "--n", 2, "--classes", "red") == draw("h", "--n", 2, "--classes", "1")
 
 
