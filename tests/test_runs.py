@@ -52,7 +52,7 @@ def finish(process):
 
 def run_of(model, steps, world=1):
     """What train.train_step looks at, outside of train.main."""
-    recipe = dict(lr=3e-3, warmup=10, steps=steps, cosine=True, muon=False, ema=0.95, clip=3.0)
+    recipe = dict(lr=3e-3, warmup=10, steps=steps, decay=True, muon=False, ema=0.95, clip=3.0)
     return SimpleNamespace(model=model, ema=deepcopy(model), optimizer=train.make_optimizer(model, recipe),
                            recipe=recipe, device=torch.device("cpu"), dtype="fp32", world=world)
 
@@ -326,6 +326,7 @@ def test_the_default_sampler_of_a_short_training_draws_pictures_and_no_noise(lay
     assert distance(y) < 1.3 * distance(few)
     if layout != "band":                                           # the noise that there is without `hold`
         assert distance(draw(hold=None)) > 1000 * distance(y)
+
 
 def test_the_same_seed_gives_the_same_bytes_and_fewer_images_are_the_first_ones(tiny_run, cli, tmp_path):
     def draw(name, *more):
