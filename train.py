@@ -30,13 +30,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from blocks import Muon
 from common import (InputError, OneLineParser, autocast, command_line, duration, epochs, faster_dtype,
                     hold_lock, join_processes, load_checkpoint, number, pick_device, positive, prefetch,
                     previous, reading, save_checkpoint, seed_number, step_generator, whole_numbers,
                     write_atomically)
 from data import load_data
 from far import FAR, LAYOUTS, PRESETS, FARConfig, Randomness, default_layout, make_config
-from muon import Muon
 from sample import draw_pictures, draw_reconstructions
 from text import load_encoder, text_source
 from tokenizer import (AutoencoderKL, cache_latents, default_config, fingerprint, fit_to_data, get_tokenizer,
@@ -152,7 +152,7 @@ def learning_rate(step, recipe):
 def make_optimizer(model, recipe, weight_decay=0.02):
     """
     AdamW as in FAR: weight decay on whatever has two or more dimensions, but not on the diffusion head. With
-    `muon` (see muon.py) the matrices of all blocks, the head's too, take its steps, and they alone are
+    `muon` (see blocks.py) the matrices of all blocks, the head's too, take its steps, and they alone are
     decayed.
     """
     hidden = ("encoder.", "decoder.", "head.blocks.", "text_encoder.blocks.")
@@ -213,12 +213,17 @@ class Batches:
     def __init__(self, latents, labels, texts, scale, seed, batch, device, rank=0, world=1):
         self.latents, self.labels, self.texts, self.scale = latents, labels, texts, scale
         self.seed, self.batch, self.device, self.rank, self.world = seed, batch, device, rank, world
+        self.waited = 0.0                                        # seconds that training has waited for data
 
     def __call__(self, start):
         """Micro-batches from number `start` on, without end: arguments of FAR.forward."""
         whole = self.batch * self.world
         numbered = enumerate(epochs(start * whole, whole, len(self.labels), self.seed), start)
-        for number, *parts in prefetch(self.read, numbered, ahead=3):
+        ready = prefetch(self.read, numbered, ahead=3)
+        while True:
+            clock = time.time()
+            number, *parts = next(ready)
+            self.waited += time.time() - clock
             mean, logvar, labels, *text = (part.to(self.device, non_blocking=True) for part in parts)
             draw = Randomness(self.seed + 1, number, self.device, self.rank, self.world)
             # a fresh sample of each image's posterior, scaled to unit variance
@@ -248,13 +253,11 @@ def fit(run):
     looks: values are read from the device, logged and checked; now and then the run is saved and pictures are
     drawn. False if it was stopped.
     """
-    rows, waited, since, saved_at, stop = [], 0.0, time.time(), time.time(), run.stop
+    rows, since, saved_at, stop = [], time.time(), time.time(), run.stop
     steps, stream = run.recipe["steps"], run.batches(run.start * run.accum)
     bar = tqdm(range(run.start, steps), "FAR", steps, initial=run.start, unit="step", disable=run.rank > 0)
     for step in bar:
-        clock = time.time()
         micro = [next(stream) for _ in range(run.accum)]
-        waited += time.time() - clock
         if run.ema.cfg.dropout:
             torch.manual_seed((run.seed * 1_000_003 + step) * run.world + run.rank)
         rows.append(train_step(run, micro, step))
@@ -268,14 +271,15 @@ def fit(run):
                              f"{run.out} holds is from before")
         if run.rank == 0:
             seconds = time.time() - since
-            log(run, bar, done, values, run.recipe["effective"] * len(rows) / seconds, waited / seconds)
+            rate = run.recipe["effective"] * len(rows) / seconds
+            log(run, bar, done, values, rate, run.batches.waited / seconds)
             late = done % 500 == 0 if run.light else time.time() - saved_at > 1800
             if late or stopping or done == steps:
                 run.save(done)
                 saved_at = time.time()
                 if not stopping:
                     draw_pictures(run.shown, run.out, run.seed)
-        rows, waited, since = [], 0.0, time.time()
+        rows, run.batches.waited, since = [], 0.0, time.time()
         if stopping:
             return False
     return True
@@ -423,7 +427,8 @@ def estimate(args, data, cfg, recipe, start, tokenizer, tokenizer_cfg, device, b
     print(f"timed steps say about {duration(sum(stages.values()))}: "
           f"{', '.join(f'{name} {duration(seconds)}' for name, seconds in stages.items())}", flush=True)
     if device.type == "cpu" and sum(stages.values()) > 7200:
-        print("this is a CPU: far_nano and far_tiny are meant for it (--layout paper for the paper's method)")
+        print("this is a CPU, for which far_nano and far_tiny are meant; the paper's method at their size: "
+              "python train.py --data fashion_mnist --layout paper")
 
 
 def resume_point(path, identity, rank=0):

@@ -2,8 +2,10 @@
 import numpy as np
 import pytest
 
+import sample
 from common import command_line
 from extras import geneval
+from far import sampling_defaults
 from shapes import COLORS, HELD_OUT, caption, render, scene
 
 
@@ -63,3 +65,12 @@ def test_without_a_run_the_command_validates_the_checker_and_bad_flags_are_one_l
         with pytest.raises(SystemExit) as stop:
             command_line(lambda: geneval.main(flags))
         assert stop.value.code == 2 and capsys.readouterr().err.startswith("error:")
+
+
+def test_the_weights_that_come_with_the_code_draw_what_they_are_told():
+    run = sample.load_run(sample.PRETRAINED)
+    asked = [prompt for category in ("two objects", "position") for prompt in geneval.prompts(category, False)[:12]]
+    images = sample.generate(run, [prompt["text"] for prompt in asked], **sampling_defaults(run.model.cfg))
+    found = [geneval.find_objects(image) for image in images.permute(0, 2, 3, 1).numpy()]
+    right = [geneval.check("colour attribution", prompt, objects) for prompt, objects in zip(asked, found)]
+    assert sum(right) >= 0.6 * len(right)

@@ -16,7 +16,7 @@ from blocks import MLP
 from common import InputError, epochs
 from extras.published import load_published, our_name
 from far import PRESETS, Randomness, make_config
-from muon import orthogonalise
+from blocks import orthogonalise
 from test_far import small
 
 
