@@ -46,7 +46,7 @@ LAYOUTS = {
 }
 # How each is sampled unless told otherwise: arguments of FAR.sample
 SAMPLING = {
-    "paper":    dict(sampler="ddpm", steps=(40, 100), cfg=3.0, temperature=1.0, hold=5.0),
+    "paper":    dict(sampler="ddpm", steps=(40, 100), cfg=4.0, temperature=1.0, hold=5.0),
     "released": dict(sampler="ddpm", steps=(100, 100), cfg=3.0, temperature=1.0, cool=True),
     "band":     dict(sampler="dpmpp", steps=(24, 10), cfg=4.0, temperature=1.15),
 }
@@ -152,7 +152,6 @@ class FAR(nn.Module):
         else:
             self.class_embed = nn.Embedding(cfg.n_class, D)
         self.null_cond = nn.Parameter(torch.randn(1, D) * 0.02)   # "no label", which guidance subtracts
-        # encoder and decoder
         self.token_in, self.norm_in = nn.Linear(cfg.latent_dim, D), nn.LayerNorm(D, eps=1e-6)
         self.encoder = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.encoder_norm, self.decoder_in = nn.LayerNorm(D, eps=1e-6), nn.Linear(D, D)
@@ -412,21 +411,16 @@ PRESETS = {
     "far_l": dict(width=1024, depth=16, n_head=16, n_cond=64, head_width=1024, head_depth=3, dropout=0.1),
     "far_h": dict(width=1280, depth=20, n_head=16, n_cond=64, head_width=1024, head_depth=3, dropout=0.1),
 }
-# Text to image: far_l with cross-attention to Qwen2-1.5B's vectors. Any other size takes text as well.
-PRESETS["far_t2i"] = dict(PRESETS["far_l"], text_dim=1536)
-# To put things where the text says the small one needs two more: training times with more noise, for a band's
-# layout shows through all the rest and nothing then needs the text; and positions that start as large as
-# tokens, even low-passed to 2 x 2, for word order and places are learnt together or not at all.
+PRESETS["far_t2i"] = dict(PRESETS["far_l"], text_dim=1536)     # of Qwen2-1.5B; any other size takes text too
+# The small one needs training times with more noise, for a band's layout shows through all the rest and
+# nothing then needs the text; and positions as large as tokens: word order and places are learnt together or
+# not at all.
 PRESETS["far_tiny_t2i"] = dict(PRESETS["far_tiny"], depth=2, text_dim=128, byte_depth=2, noise_levels=2,
                                input_noise=0.4, times_mean=1.0, pos_std=2.0)
-PAPER_SIZES = ("far_b", "far_l", "far_h", "far_t2i")
 
 
 def make_config(preset, layout, latent_size, latent_dim, n_class, **changes):
-    """
-    FARConfig of a preset in a layout (None: the preset's default), with `changes`. Raises ValueError on what
-    does not fit, KeyError on an unknown preset or layout.
-    """
+    """FARConfig of a preset in a layout (None: the preset's), with `changes`. ValueError, KeyError."""
     layout = layout or default_layout(preset)
     bands = doubling_bands(latent_size) if layout == "band" else every_band(latent_size)
     data = dict(latent_size=latent_size, latent_dim=latent_dim, n_class=n_class, bands=bands)
@@ -435,20 +429,19 @@ def make_config(preset, layout, latent_size, latent_dim, n_class, **changes):
 
 def default_layout(preset):
     """The paper's layout for the paper's sizes, ours for the small ones."""
-    return "paper" if preset in PAPER_SIZES else "band"
+    return "paper" if preset in ("far_b", "far_l", "far_h", "far_t2i") else "band"
 
 
 def sampling_defaults(cfg):
     """
-    The arguments of FAR.sample unless told otherwise: the layout's; the released ten steps where any ladder
-    may be climbed. No guidance without a null condition; less temperature for text, where being right counts.
+    The arguments of FAR.sample unless told otherwise; the released ten bands where any ladder can be climbed.
     """
     settings = dict(SAMPLING[cfg.layout], bands=ten_bands(cfg.latent_size) if any_ladder(cfg) else cfg.bands)
     settings["masked"] = cfg.mask != "none"             # what it was trained on, and better (docs/results.md)
     if not cfg.label_drop:
-        settings["cfg"] = 1.0
+        settings["cfg"] = 1.0                                 # there is no null condition
     if cfg.text_dim:
-        settings["temperature"] = 1.0
+        settings["temperature"] = 1.0                         # being right counts more than variety
     return settings
 
 
