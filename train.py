@@ -89,7 +89,7 @@ RECIPES = {
     "far_nano": dict(SMALL, steps=3000, batch=32),
     "far_tiny": dict(SMALL, steps=2000),
     "far_tiny_t2i": dict(SMALL, steps=2000, lr=8e-3),
-    "far_s": dict(SMALL, steps=100_000, lr=5e-4, muon=False, warmup=0.01),
+    "far_s": dict(SMALL, lr=5e-4, muon=False, warmup=0.01),
     "far_t2i": dict(PAPER, epochs=100, ema=0.99, clip=1.0),
 }
 HOUR = 3600 * 0.4 * 400e12       # floating-point operations of an hour on a current GPU: 40% of 400 TFLOP/s
@@ -109,8 +109,9 @@ def make_recipe(args, changes, cfg, n_images, world):
         recipe["steps"] = args.steps
     elif n_epochs and n_images >= 1_000_000:
         recipe["steps"] = n_epochs * n_images // effective
-    elif n_epochs:
-        recipe["steps"] = max(1, round(HOUR / (count_flops(cfg, 4) / 4 * recipe["batch"] * args.accum)))
+    elif "steps" not in recipe:
+        counted = round(HOUR / (count_flops(cfg, 4) / 4 * recipe["batch"] * args.accum))
+        recipe["steps"] = max(1, min(counted, 120_000))     # 30 ms a step: a small one waits for its launches
     recipe["warmup"] = math.ceil(recipe["warmup"] * recipe["steps"])
     recipe["tokenizer"] = min(recipe["tokenizer"], max(10, 5 * recipe["steps"] // 4))
     if recipe["lr_per"]:
@@ -503,6 +504,9 @@ def main(argv=None, build=FAR):
     args.dtype = args.dtype or (before["dtype"] if before else "fp32" if shared_cpu else faster_dtype(device))
     if rank == 0:
         announce(args, data, cfg, recipe, world, device)
+        if tokenizer is None and tokenizer_cfg.published:
+            print("above 64 px the published tokenizer is better: --tokenizer kl16.ckpt; the one that is trained "
+                  "now blurs detail")
         if start < recipe["steps"]:
             estimate(args, data, cfg, recipe, start, tokenizer, tokenizer_cfg, device, build)
 
