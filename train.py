@@ -505,8 +505,8 @@ def main(argv=None, build=FAR):
     if rank == 0:
         announce(args, data, cfg, recipe, world, device)
         if tokenizer is None and tokenizer_cfg.published:
-            print("above 64 px the published tokenizer is better: --tokenizer kl16.ckpt; the one that is trained "
-                  "now blurs detail")
+            print("above 64 px the published tokenizer is better: --tokenizer kl16.ckpt; the one that is "
+                  "trained now blurs detail")
         if start < recipe["steps"]:
             estimate(args, data, cfg, recipe, start, tokenizer, tokenizer_cfg, device, build)
 
