@@ -69,7 +69,7 @@ def test_without_a_run_the_command_validates_the_checker_and_bad_flags_are_one_l
 
 def test_the_weights_that_come_with_the_code_draw_what_they_are_told():
     run = sample.load_run(sample.PRETRAINED)
-    asked = [prompt for category in ("two objects", "position") for prompt in geneval.prompts(category, False)[:12]]
+    asked = geneval.prompts("two objects", False)[:12] + geneval.prompts("position", False)[:12]
     images = sample.generate(run, [prompt["text"] for prompt in asked], **sampling_defaults(run.model.cfg))
     found = [geneval.find_objects(image) for image in images.permute(0, 2, 3, 1).numpy()]
     right = [geneval.check("colour attribution", prompt, objects) for prompt, objects in zip(asked, found)]
