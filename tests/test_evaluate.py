@@ -307,3 +307,8 @@ def test_what_does_not_fit_is_found_before_the_sampling(sampled, tmp_path, cli):
     refused("(1, 8, 8)")
     stand_in.model.cfg.text_dim = 8
     refused("python -m extras.geneval")
+
+
+def test_some_images_of_a_set_in_class_order_keep_all_classes():
+    labels = np.arange(1000) % 10                        # a stride of 10 would keep one class
+    assert set(evaluate.spread(labels, 100)) == set(range(10)) and len(evaluate.spread(labels, 100)) == 100
