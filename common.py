@@ -295,7 +295,8 @@ def make_files(folder, n, make, desc, size, batch, unit):
     path = lambda items: os.path.join(folder, f"{items.start:09d}-{items.stop:09d}.npy")  # for any n
     rank, world = rank_and_world()
     todo = [items for items in ranges[rank::world] + ranges if not os.path.exists(path(items))]   # mine first
-    with tqdm(total=n, desc=desc, unit=unit, disable=rank > 0 or not todo) as bar:
+    there = sum(len(items) for items in ranges if os.path.exists(path(items)))
+    with tqdm(total=n, initial=there, desc=desc, unit=unit, disable=rank > 0 or not todo) as bar:
         for items in todo:
             with only_one(path(items)):
                 if not os.path.exists(path(items)):

@@ -24,7 +24,6 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import bands as ladder
 from bands import (LOWPASSES, band_causal_mask, both_axes, check_bands, doubling_bands, every_band,

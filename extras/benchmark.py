@@ -98,7 +98,8 @@ def training_seconds(cfg, recipe, device, dtype, count=5, build=FAR, compiled=Fa
     run = SimpleNamespace(model=model, ema=deepcopy(model), optimizer=train.make_optimizer(model, recipe),
                           recipe=recipe, device=device, dtype=dtype, world=1)
     for step in range(-3, count):
-        began = clock() if step <= 0 else began
+        if step == 0:                                        # what came before was to warm up
+            began = clock()
         x, _, labels, text = train.some_inputs(cfg, recipe["batch"], device)
         train.train_step(run, [(x, Randomness(0, step + 3, device), labels, text)], 0).tolist()
     return (clock() - began) / count
