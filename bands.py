@@ -54,9 +54,8 @@ def lowpass_matrices(size, k, kind):
 
 def fft_resample(x, m):
     """
-    Resample the last axis of x (..., n) to m points by cropping or zero-padding its Fourier spectrum. The
-    Nyquist bin of an even length stands for two frequencies: doubled on the way down, halved on the way up
-    (scipy.signal.resample).
+    Resample the last axis of x (..., n) to m points in its Fourier spectrum. The Nyquist bin of an even
+    length stands for two frequencies: doubled on the way down, halved on the way up (scipy.signal.resample).
     """
     n, keep = x.shape[-1], min(x.shape[-1], m)
     spectrum = torch.fft.rfft(x)
@@ -68,10 +67,7 @@ def fft_resample(x, m):
 
 
 def both_axes(matrix, x):
-    """
-    matrix (h, H) along both axes of x (..., H, H) -> (..., h, h). In float32 under autocast too: bf16 would
-    round targets, and what is drawn, to 8 bits.
-    """
+    """matrix (h, H) along both axes of x (..., H, H) -> (..., h, h), float32: bf16 would round targets."""
     with autocast(x.device, "fp32"):
         return matrix @ x.float() @ matrix.mT
 
@@ -152,17 +148,14 @@ def mask_share(kind, l, L, u=0.5):
 
 def diffusion_steps(first, last, l, L):
     """
-    Diffusion steps of band l, linear from the lowest to the highest band: the article's 100 to 1000, 40 to
-    about 100 in its revision, 100 everywhere in the released code. A ladder of one band takes `last`.
+    Diffusion steps of band l, linear from the lowest to the highest band: 100 to 1000 in the article, 40 to
+    100 in its revision, 100 everywhere in the released code. A ladder of one band takes `last`.
     """
     return round(first + (last - first) * (l - 1) / (L - 1)) if L > 1 else last
 
 
 def guidance(kind, cfg, l, L):
-    """
-    Guidance of band l. `linear` (released code): 1 + (cfg - 1) (l - 1) / L, which starts at 1 and never
-    reaches cfg; a ladder of one band, `constant`: cfg.
-    """
+    """Guidance of band l. `linear` (released code) starts at 1; `constant`, and a ladder of one band: cfg."""
     return 1 + (cfg - 1) * (l - 1) / L if kind == "linear" and L > 1 else cfg
 
 

@@ -125,10 +125,7 @@ def orthogonalise(g, steps=5):
 
 
 class Muon(torch.optim.AdamW):
-    """
-    AdamW whose groups marked `matrices=True` take Muon's steps; convolutions (o, i, h, w) as matrices (o, i h
-    w).
-    """
+    """AdamW whose groups marked `matrices=True` take Muon's steps."""
 
     @torch.no_grad()
     def step(self):
@@ -145,11 +142,11 @@ class Muon(torch.optim.AdamW):
                     self.state[p] = dict(step=torch.zeros(()), momentum=torch.zeros_like(p))
                 average = self.state[p]["momentum"]
                 average.lerp_(p.grad, 1 - momentum)
-                direction = p.grad.lerp(average, momentum).flatten(1)    # Nesterov's
+                direction = p.grad.lerp(average, momentum)               # Nesterov's
                 by_shape.setdefault(direction.shape, []).append((p, direction))
                 p.grad = None
         for shape, pairs in by_shape.items():                  # of one shape together: fewer, larger products
             stack = torch.stack([direction for _, direction in pairs])
             size = group["lr"] * 0.2 * max(shape) ** 0.5                # about the step that AdamW would take
             for (p, _), update in zip(pairs, orthogonalise(stack).float()):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-size)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)

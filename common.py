@@ -37,11 +37,10 @@ class InputError(ValueError):
 def command_line(main):
     """
     Run a script's `main()`. Bad input, and files that cannot be read or written, end as one line on stderr
-    and exit code 2, Ctrl-C and SIGTERM as exit code 130. Names that the terminal cannot show are printed
-    escaped.
+    and exit code 2, Ctrl-C and SIGTERM as exit code 130.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace")        # names that the terminal cannot show are escaped
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
@@ -60,7 +59,7 @@ def command_line(main):
 def why(error):
     """The cause of an exception in a few words: a full disk and missing permissions by their name."""
     while not isinstance(error, OSError) and error.__context__ is not None:
-        error = error.__context__                  # torch.save wraps what the disk said
+        error = error.__context__                                    # torch.save wraps what the disk said
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full"
     if isinstance(error, OSError) and error.strerror:
@@ -77,7 +76,7 @@ def reading(path):
         raise
     except OSError as error:
         raise InputError(f"{path} could not be read ({why(error)})")
-    except Exception as error:                     # damaged files end in a dozen different exceptions
+    except Exception as error:                                # damaged files end in a dozen other exceptions
         raise InputError(f"{path} is damaged or not what it should be ({why(error)})")
 
 
@@ -95,31 +94,21 @@ def number(text):
     return float(text)
 
 
-def positive(text):
-    """A flag's value as a whole number from 1."""
-    if not (text.isascii() and text.isdigit() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"a whole number from 1, not {text!r}")
+def positive(text, least=1):
+    """A flag's value as a whole number from `least` to a billion."""
+    if not (text.isascii() and text.isdigit() and least <= int(text) <= 10 ** 9):
+        raise argparse.ArgumentTypeError(f"a whole number from {least} to 1000000000, not {text!r}")
     return int(text)
+
+
+def seed_number(text):
+    """--seed: a whole number from 0."""
+    return positive(text, least=0)
 
 
 def whole_numbers(text):
     """ "1,2,4" -> (1, 2, 4), each from 1."""
     return tuple(positive(part) for part in text.split(","))
-
-
-def seed_number(text):
-    """--seed: a whole number from 0 to a billion, for steps and images count on from a million times it."""
-    if not (text.isascii() and text.isdigit() and int(text) <= 10 ** 9):
-        raise argparse.ArgumentTypeError(f"a whole number from 0 to 1000000000, not {text!r}")
-    return int(text)
-
-
-def duration(seconds):
-    """90 -> "1.5 minutes"."""
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 # ---- device, arithmetic, random numbers
@@ -132,7 +121,7 @@ def pick_device(name=None):
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} does not work here ({why(error)}); leave it out to pick one")
-    torch.set_float32_matmul_precision("high")     # TF32 where a GPU has it; a CPU does not look at this
+    torch.set_float32_matmul_precision("high")               # TF32 where a GPU has it; a CPU ignores this
     return torch.device(name)
 
 
@@ -143,10 +132,7 @@ def autocast(device, dtype):
 
 
 def faster_dtype(device):
-    """
-    "bf16" or "fp32": on a GPU bf16 if it has it; on a CPU whichever runs a linear layer faster, for
-    processors with bf16 arithmetic gain a factor of 3, and others lose.
-    """
+    """ "bf16" or "fp32": on a GPU bf16 if it has it; on a CPU whichever runs a linear layer faster."""
     if device.type != "cpu":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if has_bf16 else "fp32"
@@ -219,7 +205,7 @@ def prefetch(function, items, ahead=2):
             yield waiting.popleft().result()
 
 
-# ---- files
+# ---- files that are made once, by whoever comes first
 
 def digest(*parts):
     """12 characters that change when any of the parts does."""
@@ -233,7 +219,7 @@ def hold_lock(path, wait):
     """
     file = open(path, "a")
     try:
-        import fcntl                               # not on Windows
+        import fcntl                                                 # not on Windows
     except ImportError:
         return file
     try:
@@ -247,8 +233,8 @@ def hold_lock(path, wait):
 @contextmanager
 def only_one(path):
     """
-    Make the file or folder `path` inside this block, if it is not there by then: no other process, of this
-    training or of another one, is in the block at the same time. Whoever has to wait says so.
+    Make the file or folder `path` inside this block, if it is not there by then: no other process is in the
+    block at the same time. Whoever has to wait says so.
     """
     if os.path.exists(path):
         yield
@@ -262,34 +248,35 @@ def only_one(path):
     with lock:
         yield
         if os.path.exists(path) and os.path.exists(f"{path}.lock") and os.name != "nt":
-            os.remove(f"{path}.lock")              # from here on nobody needs it: `path` is there
+            os.remove(f"{path}.lock")                                # from here on nobody needs it
 
 
 class Parts:
-    """Rows of a large array that lies on the disk in several mapped files of `size` rows each."""
+    """Arrays (n, ...), mapped from the disk, one after the other: rows are read by 8 threads."""
 
-    def __init__(self, arrays, size):
-        self.arrays, self.size, self.pool = arrays, size, ThreadPoolExecutor(8)
-        self.shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
+    def __init__(self, arrays):
+        self.arrays, self.pool = arrays, ThreadPoolExecutor(8)
+        self.starts = np.cumsum([0, *map(len, arrays)])
+        self.shape = (int(self.starts[-1]), *arrays[0].shape[1:])
 
     def __len__(self):
         return self.shape[0]
 
     def __getitem__(self, rows):
-        """Row numbers, or (row numbers, an index into each row) -> array (n, ...), by 8 threads."""
+        """Row numbers, or (row numbers, an index into each row) -> array (n, ...)."""
         rows, inner = rows if isinstance(rows, tuple) else (rows, [slice(None)] * len(rows))
-        places = [(*divmod(int(row), self.size), i) for row, i in zip(rows, inner)]
+        which = np.searchsorted(self.starts, rows, side="right") - 1
+        places = list(zip(which, np.asarray(rows) - self.starts[which], inner))
         shares = [places[i:i + 16] for i in range(0, len(places), 16)]
-        read = lambda share: np.stack([self.arrays[part][at][i] for part, at, i in share])
-        copied = self.pool.map(read, shares)
-        return np.concatenate(list(copied))
+        read = lambda share: np.stack([self.arrays[part][row][i] for part, row, i in share])
+        return np.concatenate(list(self.pool.map(read, shares)))
 
 
-def make_files(folder, n, make, desc, size, batch, unit):
+def make_parts(folder, n, make, desc, size=2048, batch=128, unit="img"):
     """
-    Arrays for n items, made once and kept in `folder` as one file for every `size` items; interrupted, it
-    goes on with the next file, and several processes share the work. make(range) -> an array for at most
-    `batch` items. -> the memory-mapped arrays.
+    Rows for n items, made once and kept in `folder` as one file for every `size` items; interrupted, it goes
+    on with the next file, and several processes share the work. make(range) -> an array for at most `batch`
+    items. -> Parts.
     """
     ranges = [range(first, min(first + size, n)) for first in range(0, n, size)]
     path = lambda items: os.path.join(folder, f"{items.start:09d}-{items.stop:09d}.npy")  # for any n
@@ -312,31 +299,24 @@ def make_files(folder, n, make, desc, size, batch, unit):
             arrays.append(np.load(path(items), mmap_mode="r", allow_pickle=False))
             if hasattr(mmap, "MADV_RANDOM"):       # or each row read would bring its neighbours from the disk
                 arrays[-1]._mmap.madvise(mmap.MADV_RANDOM)
-    return arrays
+    return Parts(arrays)
 
 
-def make_parts(folder, n, make, desc, size=2048, batch=128, unit="img"):
-    """An array of n rows by `make_files`; make(range) -> as many rows. -> Parts."""
-    parts = Parts(make_files(folder, n, make, desc, size, batch, unit), size)
-    if len(parts) != n:
-        raise InputError(f"{folder} holds {len(parts)} rows, not {n}: remove it and run again")
-    return parts
-
+# ---- files that are whole at any moment
 
 def write_atomically(path, write):
     """
     Call `write(file)` on a temporary file beside `path`, then rename it into place: a reader, or a crash at
-    any moment, sees the old file or the new one, never half of one. InputError, and the old file, on a full
-    disk.
+    any moment, sees the old file or the new one. InputError, and the old file, on a full disk.
     """
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())                # on the disk before the name points at it
+            os.fsync(file.fileno())                           # on the disk before the name points at it
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:       # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:                         # torch.save's full disk: RuntimeError
         if os.path.exists(temporary):
             os.remove(temporary)
         raise InputError(f"could not write {path} ({why(error)}); what was there before is kept")
@@ -363,8 +343,7 @@ def load_checkpoint(path, kind=None, allow=()):
     """
     Read a checkpoint, on the CPU, without running any code in it. `kind` is what its own "kind" entry must
     say; `allow` lists harmless classes that may stand inside (argparse.Namespace, for published files).
-    Raises InputError with one line on a missing, truncated, damaged (by the zip's CRC32 sums) or foreign
-    file, or one with code.
+    InputError on a missing, truncated, damaged (by the zip's CRC32 sums) or foreign file, or one with code.
     """
     if not os.path.isfile(path):
         raise InputError(f"there is no file {path}")
@@ -374,7 +353,7 @@ def load_checkpoint(path, kind=None, allow=()):
             content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise InputError(f"{path} could not be read ({why(error)})")
-    except Exception as error:                     # truncated files end in a dozen different exceptions
+    except Exception as error:                                # truncated files end in a dozen exceptions
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error).upper():
             raise InputError(f"{path} carries code, or classes that are not plain tensors: it is refused")
         raise InputError(f"{path} is not a checkpoint, or it is truncated")

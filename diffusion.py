@@ -4,7 +4,7 @@ The diffusion head: one continuous token x given the transformer's output z for 
     alphas_cumprod      noise schedules          Nichol & Dhariwal 2021 (cosine), Ho et al. 2020 (linear)
     Chain               the (shortened) chain    Ho et al. 2020, Nichol & Dhariwal 2021
     DiffusionHead       network, loss, sampling  FAR's diffusion loss; Li et al. 2024 (MAR), sec. 3.2
-    ddpm, ddim, dpmpp   the samplers
+    ddpm, dpmpp         the samplers
 
 Shapes: M tokens of any number of images and bands, C channels of a token, D width of z, W width of the head,
 T diffusion steps of training (t = 0 is almost clean, T - 1 almost pure noise), S steps of sampling.
@@ -17,30 +17,23 @@ import torch.nn.functional as F
 
 from blocks import JointBlock
 
-SAMPLERS = ("ddpm", "ddim", "dpmpp")
 
 
 def alphas_cumprod(name, T):
-    """
-    Share of signal variance left at each step, float64 (T,). `cosine`: Nichol & Dhariwal 2021 eq. 17;
-    `linear`: Ho et al. 2020. Raises ValueError on another name.
-    """
+    """Signal variance left at each step, float64 (T,): Nichol & Dhariwal 2021 eq. 17, or Ho et al. 2020."""
     if name == "linear":
         beta = torch.linspace(1e-4 * 1000 / T, 0.02 * 1000 / T, T, dtype=torch.float64, device="cpu")
-    elif name == "cosine":
+    else:
         u = torch.arange(T + 1, dtype=torch.float64, device="cpu") / T
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2).square()
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)   # the clip keeps the last step from being a singularity
-    else:
-        raise ValueError(f"unknown noise schedule {name!r}: cosine or linear")
     return torch.cumprod(1 - beta, dim=0)
 
 
 class Chain:
     """
-    The steps `times` of a diffusion with cumulated signal `abar` (T,), in increasing order: all of them in
-    training, S in sampling (respacing, Nichol & Dhariwal 2021 section 4). Tables are float32, computed in
-    float64.
+    The steps `times` of a diffusion with cumulated signal `abar` (T,), increasing: all in training, S in
+    sampling (respacing, Nichol & Dhariwal 2021 section 4). Tables are float32, computed in float64.
     """
 
     def __init__(self, abar, times=None, device=None):
@@ -157,8 +150,8 @@ class DiffusionHead(nn.Module):
 
     def forward(self, xt, time, condition):
         """
-        Tokens (..., C), time embedding (..., W) or (1, W), condition (..., W) -> prediction and v, float32
-        (..., C). A joint head takes the tokens of B bands, (B, N, C).
+        Tokens (..., C), for a joint head (B, N, C), time embedding (..., W) or (1, W), condition (..., W) ->
+        prediction and v, float32 (..., C).
         """
         h = self.input(xt)                                                           # (..., W)
         y = F.silu(time + condition)                                                 # (..., W)
@@ -172,10 +165,7 @@ class DiffusionHead(nn.Module):
         return (xt - sigma * prediction) / alpha if self.predict == "eps" else alpha * xt - sigma * prediction
 
     def draw_times(self, kind, draw, B, *shape, mean=0.0):
-        """
-        Steps t to train on, LongTensor (B, *shape): `uniform` (DDPM), or `logit-normal` (Esser et al. 2024,
-        section 3.1), more often in the middle.
-        """
+        """Steps t of training, (B, *shape): `uniform`, or `logit-normal` (Esser et al. 2024, sec. 3.1)."""
         uniform = kind == "uniform"
         u = draw(torch.rand, B, *shape) if uniform else (draw(torch.randn, B, *shape) + mean).sigmoid()
         return (u * len(self.abar)).long().clamp(max=len(self.abar) - 1)
@@ -202,9 +192,8 @@ class DiffusionHead(nn.Module):
 
     def predict_guided(self, xt, time, condition, guidance):
         """
-        One network call; with guidance != 1 the condition holds the conditional tokens, then the
-        unconditional ones, and the prediction is u + guidance (c - u) (Ho & Salimans 2022 eq. 6). xt (..., C)
-        -> prediction, v, (..., C).
+        Prediction and v for xt, (..., C) each; with guidance != 1 the condition holds the conditional tokens,
+        then the unconditional ones: u + guidance (c - u) (Ho & Salimans 2022 eq. 6).
         """
         if guidance == 1:
             return self(xt, time, condition)
@@ -228,7 +217,7 @@ class DiffusionHead(nn.Module):
             x0 = self.to_x0(prediction, x, *chain.at(s, "alpha", "sigma"))
             return (x0 if hold is None else x0.clamp(-hold, hold)), v
 
-        return {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp}[sampler](chain, denoise, noise, temperature)
+        return SAMPLERS[sampler](chain, denoise, noise, temperature)
 
 
 # ---- samplers: denoise(x_s, s) -> x_0 and v; s counts down over the steps of the chain
@@ -242,17 +231,6 @@ def ddpm(chain, denoise, noise, temperature):
         if s > 0 and temperature:
             x = x + (0.5 * chain.log_variance(v, s)).exp() * temperature * noise()
     return x
-
-
-def ddim(chain, denoise, noise, temperature):
-    """Song et al. 2021, eq. 12, eta = 0: deterministic given the first noise, which temperature scales."""
-    x = noise() * temperature
-    for s in reversed(range(len(chain.times))):
-        x0, _ = denoise(x, s)
-        if s > 0:
-            (alpha, sigma), (alpha_next, sigma_next) = (chain.at(i, "alpha", "sigma") for i in (s, s - 1))
-            x = alpha_next * x0 + sigma_next / sigma * (x - alpha * x0)
-    return x0
 
 
 def dpmpp(chain, denoise, noise, temperature):
@@ -269,14 +247,15 @@ def dpmpp(chain, denoise, noise, temperature):
     return x0
 
 
+SAMPLERS = dict(ddpm=ddpm, dpmpp=dpmpp)
+
+
 def sampling_times(abar, steps, sampler, predict="v"):
     """
     The steps t of sampling, increasing, LongTensor (S,), for cumulated signal `abar` (T,). `ddpm`: evenly
-    spaced from 0 to T - 1, as the released code. The solvers: evenly spaced and ending at T - 1, but starting
-    at T/S - 1, from where they jump to the clean token. On a known mixture this halves the error of dpmpp at
-    10 steps against starting at 0, and beats even steps in log-SNR. Where the network predicts noise they
-    leave out the end of the chain that has less than a thousandth of the signal: there x_0 = (xt - sigma
-    noise) / alpha multiplies the network's errors by up to 20,000. Raises ValueError unless 1 <= steps <= T.
+    spaced from 0 to T - 1, as the released code. `dpmpp`: evenly spaced and ending at T - 1, but starting at
+    T/S - 1, from where it jumps to the clean token; where the network predicts noise it leaves out the end of
+    the chain that has less than a thousandth of the signal. ValueError unless 1 <= steps <= T.
     """
     T = len(abar)
     if not 1 <= steps <= T:

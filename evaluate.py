@@ -6,15 +6,11 @@ How good are the images? Frechet distance, Inception score, precision, recall, a
     python evaluate.py --samples made.npz --data fashion_mnist          images made elsewhere (or a folder)
     python evaluate.py --ckpt runs/in64 --n 50000 --features inception  FID and IS; --reference: others' .npz
 
-Two feature networks. `classifier` (default) is a small CNN, trained once on the real training images in about
-a minute on a CPU; its numbers rank models on one data set within this code base and are *not* FID.
-`inception` is the network of the literature; only its numbers are called FID and IS.
-
+Feature networks: `classifier`, a small CNN, trained once on the real training images, a minute on a CPU: its
+numbers rank models on one data set within this code and are *not* FID. `inception`: that of the literature.
 Shapes: N images, C channels, S pixels per side, F features, K classes.
 """
-import contextlib
 import hashlib
-import json
 import os
 import sys
 
@@ -30,11 +26,12 @@ from data import load_data, read_pictures, save_npz
 from sample import add_sampling_flags, load_run, sample_in_parts, sampling_settings
 from tokenizer import fingerprint
 
-# A TorchScript copy of TensorFlow's 2015 Inception graph, published with StyleGAN2-ADA. It takes RGB images
-# of 0..255 and resizes them to 299 px by itself, the way the first FID code did: do not resize them before.
+# TensorFlow's Inception of 2015 as TorchScript, published with StyleGAN2-ADA. It takes RGB images of 0..255,
+# and resizes them to 299 px by itself, the way the first FID code did: do not resize them before.
 INCEPTION_URL = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
                  "inception-2015-12-05.pt")
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+REFERENCE = 50000   # training images to compare with, at most
 MOST_PAIRS = 10000  # precision and recall compare all pairs: at most so many images of each set
 
 
@@ -46,8 +43,8 @@ def feature_statistics(features):
     if n < 2:
         raise InputError(f"a covariance needs at least 2 images, there are {n}")
     if n <= width:
-        print(f"WARNING: {n} images are too few for {width} features: the covariance is singular and the "
-              f"Frechet distance far too large; take {10 * width} or more", file=sys.stderr)
+        print(f"WARNING: {n} images are too few for {width} features: the Frechet distance is far too large; "
+              f"take {10 * width} or more", file=sys.stderr)
     mean = features.mean(0, dtype=np.float64)
     centred = features - mean                      # E[xx'] - mm' would cancel; 0.8 GB for 50,000 x 2048
     return mean, centred.T @ centred / (n - 1)
@@ -55,9 +52,8 @@ def feature_statistics(features):
 
 def frechet_distance(mu_a, sigma_a, mu_b, sigma_b):
     """
-    Squared Frechet distance of two Gaussians (Dowson & Landau 1982; FID is Heusel et al. 2017, eq. 6):
-    |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)). A B has the eigenvalues of the symmetric A^(1/2) B A^(1/2),
-    >= 0 up to rounding: two symmetric eigenproblems give the trace, and singular covariances do no harm.
+    |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two Gaussians (FID: Heusel et al. 2017, eq. 6). A B has the
+    eigenvalues of the symmetric A^(1/2) B A^(1/2): singular covariances do no harm. InputError on NaN.
     """
     if not all(np.isfinite(x).all() for x in (mu_a, sigma_a, mu_b, sigma_b)):
         raise InputError("the features contain NaN or infinite values: there is no Frechet distance")
@@ -68,11 +64,8 @@ def frechet_distance(mu_a, sigma_a, mu_b, sigma_b):
     return float(max(distance, 0))                 # rounding leaves -1e-12 for equal sets
 
 
-def inception_score(probabilities, splits=1):
-    """
-    exp(mean KL(p(y|x) || p(y))) of probabilities (N, K) (Salimans et al. 2016, sec. 4), from 1 to K; with
-    more splits the mean over random parts, of which the literature takes 10.
-    """
+def inception_score(probabilities, splits=10):
+    """exp(mean KL(p(y|x) || p(y))) of probabilities (N, K), mean of random parts (Salimans et al. 2016)."""
     p = np.asarray(probabilities, np.float64)
     scores = []
     for part in np.array_split(np.random.default_rng(0).permutation(len(p)), min(splits, len(p))):
@@ -84,9 +77,8 @@ def inception_score(probabilities, splits=1):
 
 def precision_recall(real, fake, k=3):
     """
-    Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2) of features (N, F), (M, F): the share of
-    fake images inside the real set, and of real ones inside the fake set; inside is nearer to an image of the
-    set than that image's k-th neighbour there. Take equally many of each. InputError if there are too few.
+    Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2) of features (N, F), (N, F): share of the
+    fake images in the real set and vice versa: nearer to one of it than its k-th neighbour there. InputError.
     """
     if min(len(real), len(fake)) <= k:
         raise InputError(f"precision and recall with k={k} need at least {k + 1} images of each set")
@@ -108,11 +100,11 @@ def share_inside(points, manifold, k):
 
 class Classifier(nn.Module):
     """Strided convolutions down to 4 x 4 pixels, a hidden layer of 128: the features, and the classes."""
-    fd_name, is_name, splits, width = "FD (classifier)", "IS (classifier)", 1, 128
+    fd_name, width = "FD (classifier)", 128
 
     def __init__(self, data):
         super().__init__()
-        self.name, self.n_class = f"classifier of {data.name} {data.fingerprint}", data.n_class
+        self.name = f"classifier of {data.name} {data.fingerprint}"
         layers, n_in = [], data.channels
         for i in range(max(1, round(np.log2(data.size / 4)))):               # 3 layers for 32 px
             n_out, kernel = min(32 * 2 ** i, 128), 5 if i == 0 else 3
@@ -124,20 +116,16 @@ class Classifier(nn.Module):
         self.head = nn.Linear(128, data.n_class)
 
     def forward(self, images):
-        images = images.to(self.head.weight.device).float() / 127.5 - 1
-        features = self.body(images)                                                        # (N, 128)
+        features = self.body(images.to(self.head.weight.device).float() / 127.5 - 1)      # (N, 128)
         return features, self.head(features)
 
 
 def classifier_features(data, device="cpu", data_dir="data"):
-    """
-    The Classifier of a training set, from data_dir, or trained now and kept there. InputError if there are no
-    classes. Leaves the caller's random numbers alone.
-    """
+    """The Classifier of a training set, trained once, kept in data_dir. InputError without classes."""
     if data.n_class < 2:
         raise InputError(f"{data.name} has no classes to train the classifier on: use --features inception")
     path = os.path.join(data_dir, f"classifier_{data.name}_{data.size}_{data.fingerprint}.pt")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():                              # the caller's random numbers are left alone
         torch.manual_seed(0)
         net = Classifier(data)
     with only_one(path):
@@ -168,8 +156,8 @@ def train_classifier(net, data, device, steps=1500, batch=128):
 
 
 class InceptionFeatures:
-    """The network of FID and IS: 2048 pool features, and logits of 1008 classes."""
-    fd_name, is_name, splits, n_class = "FID", "IS", 10, None
+    """The network of FID and IS: 2048 pool features, logits of 1008 classes. InputError on any other file."""
+    fd_name, name, width = "FID", "inception-2015-12-05", 2048
 
     def __init__(self, path, device, data_dir="data"):
         if not path:
@@ -178,13 +166,10 @@ class InceptionFeatures:
                 if not os.path.exists(path):
                     torch.hub.download_url_to_file(INCEPTION_URL, path, hash_prefix=INCEPTION_SHA256)
         with reading(path):
-            sha256 = hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
+            if hashlib.sha256(np.memmap(path, mode="r")).hexdigest() != INCEPTION_SHA256:
+                raise InputError(f"{path} is not the network that FID is measured with, {INCEPTION_URL}")
             self.net, self.device = torch.jit.load(path, map_location=device).eval(), device
             self.last = self.net.output.weight.float()                                      # (K, F)
-        self.name, self.width = f"inception-2015-12-05 {sha256[:8]}", self.last.shape[1]
-        if sha256 != INCEPTION_SHA256:
-            print(f"WARNING: {path} is not the published network: its numbers are no FID", file=sys.stderr)
-            self.name, self.fd_name, self.is_name = f"unknown {sha256[:8]}", "FD (unknown)", "IS (unknown)"
 
     def __call__(self, images):
         images = images.expand(-1, 3, -1, -1).contiguous().to(self.device)                  # grey: R = G = B
@@ -195,7 +180,7 @@ class InceptionFeatures:
 # ---- images -> features -> scores
 
 class Pick:
-    """Up to `n` images spread evenly over a data set, read only when sliced; with their labels (N,)."""
+    """At most `n` images of a data set, chosen at random, read only when sliced; with their labels (N,)."""
 
     def __init__(self, data, n):
         self.data, self.indices = data, spread(np.arange(len(data)), n)
@@ -242,60 +227,41 @@ def attempt(function, *args):
 
 
 def score(images, labels, network, reference):
-    """
-    Score uint8 images (N, C, S, S), tensor or Pick, against a reference_of(...); `labels` (N,) are the
-    classes asked for, or None. -> dict of n and the scores, None where there is no value.
-    """
+    """Scores of uint8 images (N, C, S, S) as a dict, None where there is no value; `labels` (N,) or None."""
     features, probabilities = extract(network, images)
-    distance = attempt(lambda: frechet_distance(
-        *feature_statistics(features), reference["mu"], reference["sigma"]))
-    row = dict(n=len(features), frechet_distance=distance,
-               inception_score=inception_score(probabilities, network.splits),
-               precision=None, recall=None, accuracy=None)
+    row = dict.fromkeys(("frechet_distance", "inception_score", "precision", "recall", "accuracy"))
+    row["n"] = len(features)
+    if statistics := attempt(feature_statistics, features):
+        row["frechet_distance"] = attempt(frechet_distance, *statistics, reference["mu"], reference["sigma"])
     if reference["features"] is not None:
         n = min(len(features), len(reference["features"]))
-        real, fake = spread(reference["features"], n), spread(features, n)
-        row["precision"], row["recall"] = attempt(precision_recall, real, fake) or (None, None)
-    if labels is not None and network.n_class:
+        pair = attempt(precision_recall, spread(reference["features"], n), spread(features, n))
+        row["precision"], row["recall"] = pair or (None, None)
+    if isinstance(network, InceptionFeatures):
+        row["inception_score"] = inception_score(probabilities)
+    elif labels is not None:
         row["accuracy"] = float((probabilities.argmax(1) == np.asarray(labels)).mean())
     return row
 
 
 # ---- the command: everything is read and compared before the hours of sampling
 
-def read_images(path, shape=None, size=None):
-    """
-    uint8 images (N, C, S, S) and labels (N,) or None, of an .npz (arr_0 (N, S, S, C), arr_1) or a picture
-    folder. They must be of `shape` (C, S, S), where R = G = B may stand for grey: else InputError.
-    """
+def read_images(path):
+    """uint8 images (N, C, S, S), labels (N,) or None, of an .npz (arr_0 (N, S, S, C), arr_1) or a folder."""
     if os.path.isdir(path):
-        images, labels = read_pictures(path, size)
-    else:
-        with reading(path), np.load(path, allow_pickle=False) as file:
-            images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
-            labels = torch.from_numpy(file["arr_1"]) if "arr_1" in file else None
+        return read_pictures(path)
+    with reading(path), np.load(path, allow_pickle=False) as file:
+        images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
+        labels = torch.from_numpy(file["arr_1"]) if "arr_1" in file else None
     if images.dtype != torch.uint8 or images.shape[1] not in (1, 3) or not len(images):
         raise InputError(f"{path}: images must be called arr_0 and be uint8 (N, S, S, 3)")
     if labels is not None and labels.shape != (len(images),):
         raise InputError(f"{path}: {len(images)} images cannot have labels of shape {tuple(labels.shape)}")
-    return fit(images, shape or images.shape[1:], path), labels
-
-
-def fit(images, shape, path):
-    """Images (N, C, S, S) of `path` as (N, *shape), where R = G = B may stand for grey, or InputError."""
-    if shape[0] == 1 and (images == images[:, :1]).all():
-        images = images[:, :1]
-    if images.shape[1:] != tuple(shape):
-        raise InputError(f"{path} has images of (channels, height, width) {tuple(images.shape[1:])}, which "
-                         f"cannot be compared with {tuple(shape)}")
-    return images
+    return images, labels
 
 
 def open_inputs(args, run, device):
-    """
-    Images (of a run: noise that stands for them) and labels, training and test set (or None), the feature
-    network. Raises InputError if they do not fit.
-    """
+    """Images (of a run noise stands for them), labels, training and test set or None, network. InputError."""
     known, path, data, test = run.data if run else {}, args.ckpt or args.samples, None, None
     if run:
         images = torch.randint(256, (1, known["channels"], known["size"], known["size"])).byte()
@@ -306,7 +272,11 @@ def open_inputs(args, run, device):
     if name:
         load = lambda split: load_data(name, images.shape[2], data_dir, split, skip_bad=True)
         data, test = load("train"), attempt(load, "test")
-        images = fit(images, (data.channels, data.size, data.size), path)
+        if data.channels == 1 and (images == images[:, :1]).all():           # R = G = B stands for grey
+            images = images[:, :1]
+        if images.shape[1:] != (data.channels, data.size, data.size):
+            raise InputError(f"{path} has images of (channels, height, width) {tuple(images.shape[1:])}, "
+                             f"{name} has {data.channels} channels and {data.size} px")
     if args.features == "inception":
         return images, labels, data, test, InceptionFeatures(args.inception, device, data_dir)
     if not data:
@@ -319,35 +289,23 @@ def open_inputs(args, run, device):
     return images, labels, data, test, classifier_features(data, device, data_dir)
 
 
-def open_reference(args, shape, data, network):
-    """
-    What to compare images of this shape with (see reference_of) and its name: the training set, or
-    --reference, others' Inception statistics (mu, sigma) or images. Raises InputError.
-    """
-    if not (args.reference or data):
-        raise InputError("there is nothing to compare with: add --data or --reference")
-    if not args.reference:
-        real = Pick(data, args.reference_n)
-        return reference_of(real, network), f"{len(real)} training images of {data.name}"
-    path = args.reference
-    if args.features == "inception" and not os.path.isdir(path):
+def open_reference(path, data, network):
+    """What to compare with, as reference_of says, and its name: others' statistics, or training images."""
+    if path:
         with reading(path), np.load(path, allow_pickle=False) as file:
-            if "mu" in file:
-                mu, sigma = (file[key].astype(np.float64) for key in ("mu", "sigma"))
-                if sigma.shape != (network.width, network.width):
-                    raise InputError(f"{path} has statistics of another network than {network.name}")
-                return dict(mu=mu, sigma=sigma, features=None), path
-    return reference_of(read_images(path, shape, shape[1])[0], network), path
+            mu, sigma = (file[key].astype(np.float64) for key in ("mu", "sigma"))
+        if sigma.shape != (network.width, network.width):
+            raise InputError(f"{path} has statistics of another network than {network.name}")
+        return dict(mu=mu, sigma=sigma, features=None), path
+    if not data:
+        raise InputError("there is nothing to compare with: add --data or --reference")
+    real = Pick(data, REFERENCE)
+    return reference_of(real, network), f"{len(real)} training images of {data.name}"
 
 
 def evaluate(args):
-    """
-    Rows of the table (see `score`), protocol and network; None on other processes than the first. Sampling
-    goes on where it was interrupted, and --n 50000 from --n 5000.
-    """
+    """Sample if need be, score, print the table and how it was made; process 0 does all but the sampling."""
     rank, _, device = join_processes(pick_device(args.device))
-    if rank and args.samples:
-        return None                                                          # only sampling is shared
     run = load_run(args.ckpt, device, not args.no_ema) if args.ckpt else None
     if run and run.model.cfg.text_dim:
         raise InputError(f"{args.ckpt} draws from text: see python -m extras.geneval")
@@ -355,27 +313,34 @@ def evaluate(args):
     images, labels, data, test, network = open_inputs(args, run, device)
     protocol = {"features": network.name, "precision, recall": "k = 3, two sets of equal size"}
     if rank == 0:
-        reference, protocol["reference"] = open_reference(args, images.shape[1:], data, network)
+        reference, protocol["reference"] = open_reference(args.reference, data, network)
     if run:
         run.dtype = args.dtype or run.dtype
         key = digest(fingerprint(run.model), fingerprint(run.tokenizer), sampling, args.seed, run.dtype)
         folder = args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt)
         folder = os.path.join(folder, "evaluation", key)                     # new weights, new folder
         images = sample_in_parts(run, labels, folder, args.seed, args.batch, **sampling)
-        if images is None:
-            return None
         args.samples = os.path.join(folder, "samples.npz")
-        save_npz(args.samples, images, labels)
         protocol.update(step=run.step, seed=args.seed, **sampling)
-    protocol["samples"] = args.samples
+    if rank:
+        return
+    if run:
+        save_npz(args.samples, images, labels)
     rows = {"generated": score(images, labels, network, reference)}
     if test:
         real = Pick(test, len(images))                       # what perfect samples, as many, would score
         rows["real test images"] = score(real, real.labels, network, reference)
-    return rows, protocol, network
+    titles = dict(n="images", frechet_distance=network.fd_name, inception_score="IS", precision="precision",
+                  recall="recall", accuracy="label right")
+    print(" " * 17 + "".join(f"{title:>16}" for title in titles.values()))
+    for name, row in rows.items():
+        cells = ("-" if row[key] is None else round(row[key], 3) for key in titles)
+        print(f"{name:17}" + "".join(f"{cell:>16}" for cell in cells))
+    protocol["samples"] = args.samples
+    print("\n" + "\n".join(f"{name}: {value}" for name, value in protocol.items()))
 
 
-def get_args(argv):
+def main(argv=None):
     parser = OneLineParser(prog="evaluate.py", description=__doc__.split("\n\n")[0].strip())
     add = parser.add_argument
     add("--ckpt", help="run folder, or its far.pt, to sample from")
@@ -385,32 +350,12 @@ def get_args(argv):
     add("--data-dir", help="where data and networks are kept; default: the run's, or data")
     add("--features", choices=("classifier", "inception"), default="classifier", help="(%(default)s)")
     add("--inception", help="its TorchScript file; default: downloaded, checked by SHA-256")
-    add("--reference", help=".npz (mu, sigma, or images) or folder; default: training images")
-    add("--reference-n", type=positive, default=50000, help="at most so many of them (%(default)s)")
-    add("--json", action="store_true", help="print one JSON object instead of the table")
+    add("--reference", help=".npz of others' Inception statistics, mu and sigma; default: training images")
     add_sampling_flags(parser)
     args = parser.parse_args(argv)
     if (args.ckpt is None) == (args.samples is None):
         parser.error("give either --ckpt or --samples")
-    return args
-
-
-def main(argv=None):
-    args = get_args(argv)
-    with contextlib.redirect_stdout(sys.stderr):                             # stdout is for the result alone
-        result = evaluate(args)
-    if result is None:
-        return
-    rows, protocol, network = result
-    names = dict(n="images", frechet_distance=network.fd_name, inception_score=network.is_name)
-    if args.json:
-        return print(json.dumps(dict(rows, protocol=protocol, names=names)))
-    titles = {key: "   " + names.get(key, key) for key in rows["generated"]}
-    print(" " * 17 + "".join(titles.values()))
-    for name, row in rows.items():
-        cells = ("-" if row[key] is None else round(row[key], 3) for key in titles)
-        print(f"{name:17}" + "".join(f"{cell:>{len(title)}}" for cell, title in zip(cells, titles.values())))
-    print("\n" + "\n".join(f"{name}: {value}" for name, value in protocol.items()))
+    evaluate(args)
 
 
 if __name__ == "__main__":

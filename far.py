@@ -49,7 +49,10 @@ SAMPLING = {
     "released": dict(sampler="ddpm", steps=(100, 100), cfg=3.0, temperature=1.0, cool=True),
     "band":     dict(sampler="dpmpp", steps=(24, 10), cfg=4.0, temperature=1.15),
 }
-
+CHOICES = dict(layout=tuple(LAYOUTS), lowpass=LOWPASSES, grid=("full", "band"), target=("full", "band"),
+               context=("last", "all"), schedule=("cosine", "linear"), predict=("v", "eps"),
+               times=("uniform", "logit-normal"), loss_weight=("uniform", "sine", "article"),
+               mask=("none", "linear", "truncnorm"))
 MAY_BE_ZERO = ("text_dim", "byte_depth", "head_attention")   # of the whole numbers below
 
 
@@ -91,19 +94,13 @@ class FARConfig:
 
     def __post_init__(self):
         self.bands = tuple(self.bands)
-        choices = dict(
-            layout=tuple(LAYOUTS), lowpass=LOWPASSES, grid=("full", "band"), target=("full", "band"),
-            context=("last", "all"), schedule=("cosine", "linear"), predict=("v", "eps"),
-            times=("uniform", "logit-normal"), loss_weight=("uniform", "sine", "article"),
-            mask=("none", "linear", "truncnorm"))
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}")
         for field in fields(self):
-            least = 1 if field.type is int and field.name not in MAY_BE_ZERO else 0
-            numeric = field.type in (int, float) and field.name != "times_mean"
-            if numeric and getattr(self, field.name) < least:
-                raise ValueError(f"{field.name} must be at least {least}")
+            name, value = field.name, getattr(self, field.name)
+            if name in CHOICES and value not in CHOICES[name]:
+                raise ValueError(f"{name} is one of {', '.join(CHOICES[name])}, not {value!r}")
+            least = 1 if field.type is int and name not in MAY_BE_ZERO else 0
+            if field.type in (int, float) and name != "times_mean" and value < least:
+                raise ValueError(f"{name} must be at least {least}")
         if max(self.dropout, self.label_drop) >= 1:
             raise ValueError("dropout and label_drop must be below 1")
         if self.width % self.n_head or (self.byte_depth and self.text_dim % self.n_head):
@@ -132,6 +129,18 @@ class Randomness:
         """kind: torch.rand or torch.randn -> (n, *shape), this rank's rows of (world n, *shape)."""
         everyone = kind(self.world * n, *shape, generator=self.generator, device=self.device)
         return everyone[self.rank * n:(self.rank + 1) * n]
+
+
+class NoiseOfImages:
+    """Random numbers of sampling: image i's are a function of (seed, i) alone, whatever its batch."""
+
+    def __init__(self, seed, images, device):
+        self.generators, self.device = [step_generator(seed, i) for i in images], device
+        self.host = random.Random(seed)
+
+    def __call__(self, kind, n, *shape):
+        """kind: torch.rand or torch.randn -> (n, *shape), row i from the generator of image i."""
+        return torch.stack([kind(*shape, generator=g) for g in self.generators]).to(self.device)
 
 
 class FAR(nn.Module):
@@ -214,9 +223,8 @@ class FAR(nn.Module):
 
     def condition(self, labels=None, text=None, drop=None):
         """
-        The condition: labels LongTensor (B,), or text = (vectors (B, M, text_dim), visible (B, M) bool), with
-        an encoder of its own (tokens (B, M, 12) uint8, visible); `drop` (B,) bool picks the images whose
-        condition is replaced by the learned null -> (vector (B, D), text or None) for `transformer`.
+        labels (B,), or text: vectors (B, M, text_dim) or bytes of words (B, M, 12), and visible (B, M). drop
+        (B,) bool: where the null condition replaces it, None for nowhere. -> (vector (B, D), text or None).
         """
         if text is None:
             vector = self.class_embed(labels)                                             # (B, D)
@@ -241,9 +249,8 @@ class FAR(nn.Module):
     def transformer(self, inputs, ks, condition, seen=None, cache=None):
         """
         inputs: for each band of the call what it is predicted from, (B, C, g, g); ks: how many frequencies
-        each keeps; condition: see `condition`; seen: for each band the tokens that the encoder sees,
-        LongTensor (B, n), or None for all. With a cache (a dict), the call continues the bands of the calls
-        before. -> z (B, N, D).
+        each keeps; condition: see `condition`; seen: for each band the tokens that the encoder sees, (B, n),
+        or None for all. With a cache (a dict), the call continues the bands of those before. -> z (B, N, D).
         """
         cfg, (vector, text) = self.cfg, condition
         x = self.token_in(torch.cat([y.flatten(2).mT for y in inputs], dim=1))            # (B, N, D)
@@ -270,17 +277,17 @@ class FAR(nn.Module):
         x = self.decoder_norm(self.run(self.decoder, x + decoder_pos, mask, text, cache))
         return x[:, n_cond:] + self.positions(self.head_pos, ks, level=False)             # (B, N, D)
 
+    def run(self, blocks, x, mask, text, cache):
+        for block in blocks:
+            x = block(x, mask, text, cache)
+        return x
+
     def places(self, seen, ks, n_cond):
         """Places of the seen tokens in the whole sequence, with those of the condition in front: (B, n)."""
         starts = itertools.accumulate([n_cond, *(self.side(k) ** 2 for k in ks)])
         index = [tokens + start for tokens, start in zip(seen, starts)]
         cond = torch.arange(n_cond, device=index[0].device).expand(len(index[0]), -1)
         return torch.cat([cond, *index], dim=1)
-
-    def run(self, blocks, x, mask, text, cache):
-        for block in blocks:
-            x = block(x, mask, text, cache)
-        return x
 
     def choose_seen(self, share, k, draw, B):
         """The tokens of band k that are seen when a random `share` is hidden: LongTensor (B, n)."""
@@ -292,10 +299,9 @@ class FAR(nn.Module):
 
     def forward(self, x, draw, labels=None, text=None):
         """
-        The loss of a batch. x (B, C, H, H) scaled latents; draw: the step's Randomness; labels (B,) or text
-        (see `condition`). Returns the loss, a scalar, and the unweighted squared error of every band, (L,)
-        (nan: not trained in this step). context all trains every band in each step; context last one, drawn
-        at random.
+        The loss of a batch: x (B, C, H, H) scaled latents; draw: the step's Randomness; labels (B,) or text
+        (see `condition`). -> the loss, a scalar, and the unweighted squared error of every band, (L,), nan
+        where it is not trained: context all trains every band in each step, context last one at random.
         """
         cfg, B, L = self.cfg, len(x), len(self.cfg.bands)
         levels = range(1, L + 1) if cfg.context == "all" else [draw.host.randint(1, L)]
@@ -327,9 +333,8 @@ class FAR(nn.Module):
 
     def diffusion_loss(self, target, z, k_in, draw):
         """
-        The head's loss of one band: target (B, N, C), z (B, N, D). Each z serves for r noise levels, and
-        small bands for more of them, sqrt(N_L / N) times as many; so a band's share in the sum grows with
-        sqrt(N), not with N.
+        The head's loss of one band: target (B, N, C), z (B, N, D) -> two terms, (B r, N) each. A z serves for
+        r noise levels, in small bands more: a band's share in the sum grows with sqrt(N), not with N.
         """
         cfg, (B, N, C) = self.cfg, target.shape
         largest = self.side(cfg.bands[-1]) ** 2
@@ -347,11 +352,10 @@ class FAR(nn.Module):
                sampler="dpmpp", steps=(10, 10), cfg=1.0, guidance="linear", temperature=1.0, cool=False,
                hold=None, masked=False):
         """
-        Draw images band by band (FAR, inference): labels (B,) or text, one image each -> list of x^l, (B, C,
-        H, H) each, the last is x. Image i's noise depends on (seed, first + i) only. bands: the ladder to
-        climb; steps: of diffusion at the lowest and the highest band, linear between; cfg: guidance, see
-        bands.guidance; cool: the released code's temperatures; hold: see DiffusionHead.sample; masked: hide
-        tokens as in training.
+        Draw images band by band: labels (B,) or text, one image each -> list of x^l, (B, C, H, H) each, the
+        last is x. Image i's noise depends on (seed, first + i) only. bands: the ladder to climb; steps: of
+        diffusion at the lowest and the highest band; cfg: guidance, see bands.guidance; cool: the released
+        code's temperatures; hold: see DiffusionHead.sample; masked: hide tokens as in training.
         """
         device, H, C = self.band_std.device, self.cfg.latent_size, self.cfg.latent_dim
         bands = tuple(bands or self.cfg.bands)
@@ -368,10 +372,10 @@ class FAR(nn.Module):
         for l, (k, w) in enumerate(zip(bands, weights), 1):
             lower, seen = self.raise_band(y, k_in, k), None                               # (B, C, g, g)
             if masked:
-                seen = self.choose_seen(ladder.mask_share(self.cfg.mask, l, L), k, draw, B)
+                seen = [self.choose_seen(ladder.mask_share(self.cfg.mask, l, L), k, draw, B)]
             if guided:
-                lower, seen = torch.cat([lower, lower]), seen if seen is None else torch.cat([seen, seen])
-            z = self.transformer([lower], [k], condition, seen if seen is None else [seen], cache)
+                lower, seen = torch.cat([lower, lower]), seen and [torch.cat(2 * seen)]
+            z = self.transformer([lower], [k], condition, seen, cache)
             z = z[:B] if w == 1 else z                        # no second branch where it would have no weight
             noise = lambda N=z.shape[1]: draw(torch.randn, B, N, C)
             tau = temperature * (ladder.cooling(l, L) if cool else 1)
@@ -384,18 +388,6 @@ class FAR(nn.Module):
             k_in = k
             progress()
         return drawn
-
-
-class NoiseOfImages:
-    """Random numbers of sampling: image i's are a function of (seed, i) alone, whatever its batch."""
-
-    def __init__(self, seed, images, device):
-        self.generators, self.device = [step_generator(seed, i) for i in images], device
-        self.host = random.Random(seed)
-
-    def __call__(self, kind, n, *shape):
-        """kind: torch.rand or torch.randn -> (n, *shape), row i from the generator of image i."""
-        return torch.stack([kind(*shape, generator=g) for g in self.generators]).to(self.device)
 
 
 # ---- sizes. far_b, far_l and far_h are the paper's; the smaller ones are for a CPU or one small GPU
@@ -412,14 +404,13 @@ PRESETS = {
 }
 PRESETS["far_t2i"] = dict(PRESETS["far_l"], text_dim=1536)     # of Qwen2-1.5B; any other size takes text too
 # The small one needs training times with more noise, for a band's layout shows through all the rest and
-# nothing then needs the text; and positions as large as tokens: word order and places are learnt together or
-# not at all.
+# nothing then needs the text; and positions as large as tokens: word order and places are learnt together.
 PRESETS["far_tiny_t2i"] = dict(PRESETS["far_tiny"], depth=2, text_dim=128, byte_depth=2, noise_levels=2,
                                input_noise=0.4, times_mean=1.0, pos_std=2.0)
 
 
 def make_config(preset, layout, latent_size, latent_dim, n_class, **changes):
-    """FARConfig of a preset in a layout (None: the preset's), with `changes`. ValueError, KeyError."""
+    """FARConfig of a preset in a layout (None: the preset's), with `changes`. ValueError."""
     layout = layout or default_layout(preset)
     bands = doubling_bands(latent_size) if layout == "band" else every_band(latent_size)
     data = dict(latent_size=latent_size, latent_dim=latent_dim, n_class=n_class, bands=bands)
@@ -432,15 +423,13 @@ def default_layout(preset):
 
 
 def sampling_defaults(cfg):
-    """
-    The arguments of FAR.sample unless told otherwise; the released ten bands where any ladder can be climbed.
-    """
+    """Arguments of FAR.sample unless told otherwise; the released ten bands where any ladder will do."""
     settings = dict(SAMPLING[cfg.layout], bands=ten_bands(cfg.latent_size) if any_ladder(cfg) else cfg.bands)
     settings["masked"] = cfg.mask != "none"             # what it was trained on, and better (docs/results.md)
     if not cfg.label_drop:
         settings["cfg"] = 1.0                                 # there is no null condition
-    if cfg.text_dim:
-        settings["temperature"] = 1.0                         # being right counts more than variety
+    if cfg.text_dim and cfg.layout == "band":                 # being right counts more than variety
+        settings.update(cfg=1.5, guidance="constant", temperature=0.7)
     return settings
 
 

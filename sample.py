@@ -1,9 +1,9 @@
 """
-Draw images from a trained run: a grid, what every band adds, an animation, or an npz for evaluators.
+Draw images from a trained run: a grid, what every band adds, or an npz for evaluators.
 
     python sample.py                                                  # the weights that come with the code
     python sample.py --prompt "a red circle left of a blue star" "two green squares"
-    python sample.py --ckpt runs/fashion_mnist_far_tiny --classes bag,sandal --n 16 --cfg 2 --gif
+    python sample.py --ckpt runs/fashion_mnist_far_tiny --classes bag,sandal --n 16 --cfg 2
     python sample.py --ckpt runs/cifar10_far_s --n 50000 --npz    # (N, H, W, 3) uint8 for evaluators; resumes
     torchrun --nproc_per_node 8 -- sample.py ... --npz                # every process makes its share
 
@@ -16,14 +16,13 @@ import shutil
 from types import SimpleNamespace
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from bands import check_bands
 from common import (InputError, OneLineParser, autocast, command_line, digest, join_processes,
                     load_checkpoint, make_parts, number, pick_device, positive, rank_and_world, reading,
-                    seed_number, whole_numbers, write_atomically)
-from data import grid, save_grid, save_npz
+                    seed_number, whole_numbers)
+from data import save_grid, save_npz
 from diffusion import SAMPLERS
 from far import FAR, FARConfig, any_ladder, sampling_defaults
 from text import encode, load_encoder
@@ -37,9 +36,9 @@ COLUMNS = 24                     # the most classes or prompts that a picture sh
 
 def load_run(path, device="cpu", ema=True, build=FAR):
     """
-    A trained run for sampling: `path` is its folder or its far.pt, with tokenizer.pt beside it; build(cfg)
-    makes the model. Returns model and tokenizer in eval mode, data (a dict, see train.about_data), encoder
-    (see text.py), step, device and dtype, as attributes. Raises InputError.
+    A trained run for sampling, from its folder or its far.pt with tokenizer.pt beside it; build(cfg) makes
+    the model. -> model and tokenizer in eval mode, data (a dict, see train.about_data), encoder (see
+    text.py), step, device and dtype, as attributes. InputError.
     """
     path = os.path.join(path, "far.pt") if os.path.isdir(path) else path
     if not os.path.exists(path):
@@ -96,8 +95,7 @@ def generate(run, shown, seed=0, first=0, batch=64, every_band=False, bar=None, 
 def sample_in_parts(run, shown, folder, seed=0, batch=64, **sampling):
     """
     Images of class numbers or prompts, uint8 (N, c, S, S), by way of files of 250 in `folder`: an interrupted
-    call goes on, a longer one begins with them, and several processes share the work; process 0 alone has the
-    result.
+    call goes on, a longer one begins with them, several processes share the work; process 0 has the result.
     """
     def make(rows):
         return generate(run, shown[rows.start:rows.stop], seed, rows.start, batch, **sampling).numpy()
@@ -114,8 +112,8 @@ def draw_pictures(run, folder, seed=0, rows=4):
     with tqdm(total=2 * len(sampling["bands"]), desc="pictures", unit="band", leave=False) as bar:
         images = generate(run, columns * rows, seed, batch=COLUMNS * rows, bar=bar, **sampling)
         save_grid(os.path.join(folder, "samples.png"), images, len(columns))
-        save_bands(os.path.join(folder, "bands.png"),
-                   generate(run, (columns * rows)[:8], seed, every_band=True, bar=bar, **sampling))
+        ladder = generate(run, (columns * rows)[:8], seed, every_band=True, bar=bar, **sampling)
+        save_bands(os.path.join(folder, "bands.png"), ladder)
 
 
 def columns_of(run):
@@ -132,14 +130,6 @@ def draw_reconstructions(run, data, path, n=12):
     """Originals over their reconstructions by the tokenizer."""
     images = data.batch(range(min(n, len(data))))
     save_grid(path, torch.cat([images, reconstruct(run.tokenizer, images)]), len(images))
-
-
-def save_gif(path, ladder, columns):
-    """An animation from the coarsest band to the image. ladder: for every band uint8 (N, c, S, S)."""
-    frames = [Image.fromarray(grid(images, columns)) for images in ladder]
-    frames += [frames[-1]] * 3
-    write_atomically(path, lambda file: frames[0].save(
-        file, format="GIF", save_all=True, append_images=frames[1:], duration=400, loop=0))
 
 
 # ---- the command line
@@ -187,7 +177,7 @@ def what_to_draw(args, run):
         way = "from text: use --prompt" if args.classes else "classes: use --classes"
         raise InputError(f"this model draws {way}")
     if args.prompt:
-        return read_prompts(args.prompt)
+        return args.prompt
     names, chosen = run.data["class_names"], []
     for text in (args.classes or "").split(",") if args.classes else ():
         if text not in names and not (text.isascii() and text.isdigit() and int(text) < len(names)):
@@ -196,33 +186,32 @@ def what_to_draw(args, run):
     return chosen or columns_of(run)
 
 
-def read_prompts(given):
-    """Prompts from the command line; "@FILE" stands for the lines of a file. InputError."""
-    prompts = []
-    for item in given:
-        if item.startswith("@"):
-            with reading(item[1:]), open(item[1:], encoding="utf-8-sig") as file:
-                prompts += [line.strip() for line in file if line.strip()]
-        else:
-            prompts.append(item.strip())
-    if not prompts or not all(prompts):
-        raise InputError("--prompt is empty")
-    return prompts
-
-
 def get_args(argv=None):
     parser = OneLineParser(prog="sample.py", description=__doc__,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt", default=PRETRAINED, help="a run's folder, or its far.pt; by default ours")
     add("--classes", help="names or numbers, e.g. bag,3; by default all")
-    add("--prompt", nargs="+", metavar="TEXT", help="for text models; @FILE: a prompt a line")
+    add("--prompt", nargs="+", metavar="TEXT", help="for text models")
     add("--n", type=positive, help="how many images, the classes or prompts in turn; by default 4 of each")
     add("--out", help="the picture; by default sample.png in the run's folder")
-    add("--gif", action="store_true", help="also an animation from blur to image")
     add("--npz", action="store_true", help="also an npz: arr_0 (N, H, W, 3) uint8, arr_1 labels")
     add_sampling_flags(parser)
     return parser.parse_args(argv)
+
+
+def save_all(run, args, what, n, out, settings):
+    """
+    OUT.npz of n images of `what` in turn, by several processes, and its labels: class numbers, or places of
+    the prompts. The same weights, things to draw and settings go on where they were interrupted.
+    """
+    networks = fingerprint(run.model), fingerprint(run.tokenizer)
+    parts = f"{out}.parts-{digest(networks, settings, what, args.seed, args.batch, run.dtype)}"
+    turns = [i % len(what) for i in range(n)]
+    images = sample_in_parts(run, [what[i] for i in turns], parts, args.seed, args.batch, **settings)
+    if images is not None:
+        save_npz(f"{out}.npz", images, turns if run.model.cfg.text_dim else [what[i] for i in turns])
+        shutil.rmtree(parts)
 
 
 def main(argv=None):
@@ -233,22 +222,13 @@ def main(argv=None):
     settings, what = sampling_settings(args, run.model.cfg), what_to_draw(args, run)
     folder = args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt)
     folder = "." if args.ckpt == PRETRAINED else folder
-    out, written = (args.out or os.path.join(folder, "sample")).removesuffix(".png"), []
+    out = (args.out or os.path.join(folder, "sample")).removesuffix(".png")
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     n = args.n or 4 * len(what)
     if args.npz:
-        # the same weights, classes or prompts, and settings go on in the same folder
-        networks = (fingerprint(run.model), fingerprint(run.tokenizer))
-        parts = f"{out}.parts-{digest(networks, settings, what, args.seed, args.batch, run.dtype)}"
-        shown = [what[i % len(what)] for i in range(n)]
-        images = sample_in_parts(run, shown, parts, args.seed, args.batch, **settings)
+        save_all(run, args, what, n, out, settings)
     if rank:
         return                                                   # the pictures are few: process 0 draws them
-    if args.npz:
-        numbers = list(range(len(what))) if run.model.cfg.text_dim else what  # of the prompts, or the classes
-        save_npz(f"{out}.npz", images, [numbers[i % len(what)] for i in range(n)])
-        shutil.rmtree(parts)
-        written.append(f"{out}.npz")
     columns = what[:COLUMNS]
     few = min(n if len(what) <= COLUMNS else 4 * COLUMNS, 16 * len(columns))
     print(f"{n} images: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
@@ -259,12 +239,9 @@ def main(argv=None):
         ladder = generate(run, shown, args.seed, 0, args.batch, True, bar, **settings)
     save_grid(f"{out}.png", ladder[-1], min(len(columns), few))
     save_bands(f"{out}_bands.png", [images[:8] for images in ladder])
-    written += [f"{out}.png", f"{out}_bands.png"]
-    if args.gif:
-        save_gif(f"{out}.gif", ladder, min(len(columns), few))
-        written.append(f"{out}.gif")
     names = [repr(c) if isinstance(c, str) else f"{c} {run.data['class_names'][c]}" for c in columns]
-    print(f"columns: {', '.join(names)}\nwritten: {', '.join(written)}")
+    print(f"columns: {', '.join(names)}\n"
+          f"written: {f'{out}.npz, ' if args.npz else ''}{out}.png, {out}_bands.png")
 
 
 if __name__ == "__main__":

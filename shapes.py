@@ -1,11 +1,6 @@
 """
-Drawn scenes: circles, squares, triangles and stars in six colours, with their truth and a caption.
-
-    scene      what is on picture `index`: a pure function of (seed, index)
-    render     its pixels
-    caption    its text
-
-Lengths are in picture widths, angles in degrees, y grows downwards.
+Drawn scenes of circles, squares, triangles and stars: `scene` is what is on a picture, `render` its pixels,
+`caption` its text. Lengths are in picture widths, angles in degrees, y grows downwards.
 """
 import math
 import random
@@ -14,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SHAPES = ("circle", "square", "triangle", "star")
+CORNERS = dict(square=(4, 1, 45), triangle=(3, 1, -90), star=(10, 0.45, -90))   # number, inner radius, angle
 # near the corners of the RGB cube, so that no colour can be taken for another, nor for a grey background
 COLORS = {"red": (225, 35, 35), "green": (30, 160, 55), "blue": (35, 65, 225),
           "yellow": (245, 215, 30), "cyan": (45, 210, 230), "magenta": (215, 45, 200)}
@@ -34,23 +30,18 @@ SIDES = {"x": ("on the left", "on the right"), "y": ("at the top", "at the botto
 
 def scene(seed, index, captioned=False, task=None, held_out=None):
     """
-    The truth of picture `index`: dict(task, objects, ...); objects do not overlap and are wholly inside.
-
-    captioned=False: objects[0] is clearly the largest and is KINDS[index % 24]; up to two small ones too.
-    captioned=True: one to three objects of like sizes, for `task` "single", "two", "position" or "counting"
-    (None: any, "position" twice as often). held_out: True, a HELD_OUT pair is in it (for tasks of two);
-    False, never; None, either.
+    The truth of picture `index`, a dict, from the arguments alone. Objects do not overlap and are wholly
+    inside. Without captions objects[0] is the largest, KINDS[index % 24]; with captions one to three of like
+    sizes are there for the `task` (None: any). held_out: is a HELD_OUT pair in it? (None: either).
     """
     rng = random.Random(f"{seed} {index}")
-    objects = None
+    chosen, objects = "class", None
     while objects is None:                         # a scene that cannot be laid out is drawn again
         if captioned:
             tasks = ("two", "position") if held_out else ("single", "two", "position", "position", "counting")
             chosen = task or rng.choice(tasks)
-            plan = captioned_plan(rng, chosen, held_out)
-            objects = place_in_quarters(rng, plan, apart=chosen == "position")
+            objects = place_in_quarters(rng, captioned_plan(rng, chosen, held_out), chosen == "position")
         else:
-            chosen = "class"
             plan = [(KINDS[index % len(KINDS)], rng.uniform(0.3, 0.4))]
             plan += [(rng.choice(KINDS), rng.uniform(0.09, 0.12)) for _ in range(rng.choice((0, 0, 0, 1, 2)))]
             objects = place(rng, plan)
@@ -63,16 +54,17 @@ def scene(seed, index, captioned=False, task=None, held_out=None):
 
 def captioned_plan(rng, task, held_out):
     """What to draw for a task: a list of (kind, radius)."""
-    if task == "single":
-        return [(rng.choice(KINDS), rng.uniform(*rng.choice(list(SIZES.values()))))]
+    sizes = list(SIZES.values())
     if task == "counting":
-        low, high = SIZES[rng.choice(list(SIZES))]
-        return [(kind, rng.uniform(low, high)) for kind in [rng.choice(KINDS)] * rng.choice((2, 3))]
-    pairs = sorted(sorted(pair) for pair in HELD_OUT)
-    kinds = rng.sample(rng.choice(pairs) if held_out else KINDS, 2)
-    while held_out is False and frozenset(kinds) in HELD_OUT:
-        kinds = rng.sample(KINDS, 2)
-    return [(kind, rng.uniform(*rng.choice(list(SIZES.values())))) for kind in kinds]
+        size = rng.choice(sizes)
+        return [(kind, rng.uniform(*size)) for kind in [rng.choice(KINDS)] * rng.choice((2, 3))]
+    if task == "single":
+        kinds = [rng.choice(KINDS)]
+    else:
+        kinds = rng.sample(rng.choice(sorted(map(sorted, HELD_OUT))) if held_out else KINDS, 2)
+        while held_out is False and frozenset(kinds) in HELD_OUT:
+            kinds = rng.sample(KINDS, 2)
+    return [(kind, rng.uniform(*rng.choice(sizes))) for kind in kinds]
 
 
 def place(rng, plan):
@@ -90,15 +82,12 @@ def place(rng, plan):
 
 
 def place_in_quarters(rng, plan, apart):
-    """
-    Objects in different quarters of the picture, near their middles; None if they do not fit. `apart`: the
-    direction from the first to the second is clear, so that "left of" is never also "above".
-    """
+    """Objects near the middles of different quarters; None if two lie askew that must be clearly `apart`."""
     quarters = rng.sample([(x, y) for x in (0.25, 0.75) for y in (0.25, 0.75)], len(plan))
     if apart and quarters[0][0] != quarters[1][0] and quarters[0][1] != quarters[1][1]:
-        return None
-    near = lambda middle: middle + rng.uniform(-0.01, 0.01)
-    return [thing(rng, *what, near(x), near(y), tilt=4) for what, (x, y) in zip(plan, quarters)]
+        return None                                # or "left of" would also be "above"
+    return [thing(rng, *what, x + rng.uniform(-0.01, 0.01), y + rng.uniform(-0.01, 0.01), tilt=4)
+            for what, (x, y) in zip(plan, quarters)]
 
 
 def thing(rng, kind, radius, x, y, tilt):
@@ -113,15 +102,6 @@ def jitter(rng, rgb, amount):
     return tuple(min(255, max(0, value + rng.randint(-amount, amount))) for value in rgb)
 
 
-def outline(thing):
-    """The corners [(x, y)] of a square, triangle or star; all lie within its radius."""
-    n, inner = dict(square=(4, 1), triangle=(3, 1), star=(10, 0.45))[thing["shape"]]
-    start = thing["rotation"] + (45 if thing["shape"] == "square" else -90)  # flat square, tip up
-    angles = [math.radians(start + 360 * i / n) for i in range(n)]
-    lengths = [thing["radius"] * (inner if i % 2 else 1) for i in range(n)]
-    return [(thing["x"] + r * math.cos(a), thing["y"] + r * math.sin(a)) for r, a in zip(lengths, angles)]
-
-
 def render(truth, size):
     """Draw a scene: uint8 array (size, size, 3), smooth edges by drawing four times larger."""
     large = 4 * size
@@ -132,7 +112,11 @@ def render(truth, size):
             x, y, r = (large * thing[key] for key in ("x", "y", "radius"))
             draw.ellipse((x - r, y - r, x + r, y + r), fill=thing["rgb"])
         else:
-            draw.polygon([(large * x, large * y) for x, y in outline(thing)], fill=thing["rgb"])
+            n, inner, start = CORNERS[thing["shape"]]
+            angles = [math.radians(thing["rotation"] + start + 360 * i / n) for i in range(n)]
+            radii = [thing["radius"] * (inner if i % 2 else 1) for i in range(n)]
+            draw.polygon([(large * (thing["x"] + r * math.cos(a)), large * (thing["y"] + r * math.sin(a)))
+                          for r, a in zip(radii, angles)], fill=thing["rgb"])
     return np.array(image.reduce(4))
 
 
@@ -145,18 +129,17 @@ def relation(a, b):
 
 
 def caption(truth):
-    """The text of a scene, such as "a small red triangle left of a blue circle on a grey background"."""
-    objects, words = truth["objects"], []
+    """The text of a captioned scene, as "a small red triangle left of a blue circle on a grey background"."""
+    objects, side, words = truth["objects"], truth["say_place"], []
     for thing in objects:
-        word = f"{thing['color']} {thing['shape']}"
         size = next((name for name, (low, high) in SIZES.items() if low <= thing["radius"] <= high), "")
-        word = f"{size} {word}" if size and truth["say_size"] else word
-        side = truth["say_place"]
-        words.append(f"{word} {SIDES[side][thing[side] > 0.5]}" if side else word)
+        size = f"{size} " if size and truth["say_size"] else ""
+        place = f" {SIDES[side][thing[side] > 0.5]}" if side else ""
+        words.append(f"{size}{thing['color']} {thing['shape']}{place}")
     if truth["task"] == "counting":
-        text = f"{'two' if len(objects) == 2 else 'three'} {words[0]}s"  # one size word fits all
+        text = f"{'two' if len(objects) == 2 else 'three'} {words[0]}s"              # one size word fits all
     elif truth["task"] == "position":
         text = f"a {words[0]} {relation(*objects)} a {words[1]}"
     else:
-        text = " and ".join(", ".join(f"a {word}" for word in words).rsplit(", ", 1))
+        text = " and ".join(f"a {word}" for word in words)
     return f"{text} on a {truth['background']} background" if truth["say_background"] else text

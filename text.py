@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import InputError, faster_dtype, make_files, why
+from common import InputError, faster_dtype, make_parts, why
 
 WORD_BYTES, MOST_WORDS = 12, 64      # of the byte encoder: longer words are several tokens
 MOST_TOKENS = 300                    # of Qwen2, as in the paper
@@ -31,34 +31,27 @@ def warn_cut(caption, most, last):
         print(f'WARNING: the text "{caption[:40]}..." is cut after {most}, at "... {last}"', file=sys.stderr)
 
 
-def padding_mask(lengths):
-    """Lengths of B captions -> visible (B, M) bool: True on the first `length` tokens."""
-    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+def pad(rows):
+    """Tokens or vectors of B captions, (length, ...) each -> (B, M, ...) and visible (B, M), see above."""
+    lengths = torch.tensor([len(row) for row in rows])
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.arange(lengths.max()) < lengths[:, None]
 
-
-# ---- bytes: an encoder without a vocabulary, trained with FAR
 
 def byte_tokens(captions):
-    """
-    Captions (list of str) as the bytes of their words, lower case: tokens (B, M, 12) uint8, visible (B, M).
-    An empty token ends each, so that there is always one. After 64 words it is cut, with a warning.
-    """
-    words = [WORD.findall(caption.lower().encode("utf-8", "replace")) for caption in captions]
-    visible = padding_mask([min(len(found), MOST_WORDS) + 1 for found in words])
-    tokens = np.zeros((*visible.shape, WORD_BYTES), np.uint8)
-    for caption, row, found in zip(captions, tokens, words):
-        for slot, word in zip(row, found[:MOST_WORDS]):
-            slot[:len(word)] = np.frombuffer(word, np.uint8)
-        if len(found) > MOST_WORDS:
-            warn_cut(caption, f"{MOST_WORDS} words", found[MOST_WORDS - 1].decode(errors="replace"))
-    return torch.from_numpy(tokens), visible
+    """Captions -> tokens (B, M, 12) uint8, the bytes of their words and an empty one; visible (B, M)."""
+    rows = []
+    for caption in captions:
+        words = WORD.findall(caption.lower().encode("utf-8", "replace"))
+        if len(words) > MOST_WORDS:
+            words = words[:MOST_WORDS]
+            warn_cut(caption, f"{MOST_WORDS} words", words[-1].decode(errors="replace"))
+        whole = b"".join(word.ljust(WORD_BYTES, b"\0") for word in [*words, b""])
+        rows.append(torch.frombuffer(bytearray(whole), dtype=torch.uint8).view(-1, WORD_BYTES))
+    return pad(rows)
 
 
 class ByteEncoder(nn.Module):
-    """
-    Words to vectors (B, M, E): a word is the sum of one embedding per (place, byte); `blocks` are transformer
-    blocks of width E. Tokens are words: a caption is ten of them long, and would be sixty bytes.
-    """
+    """Words to vectors (B, M, E): the sum of one embedding per (place, byte), then transformer blocks."""
 
     def __init__(self, width, blocks):
         super().__init__()
@@ -76,114 +69,84 @@ class ByteEncoder(nn.Module):
         return self.norm(x)
 
 
-# ---- a frozen Qwen2
-
 class Qwen2:
-    """
-    A language model of the Qwen2 family by its Hugging Face name or folder: `width` E, `encode(captions)`,
-    `fingerprint`. Raises InputError if transformers or the model is not there, or it is of another kind.
-    """
+    """A model of the Qwen2 family by its Hugging Face name or folder; its vectors are E wide. InputError."""
 
-    def __init__(self, name, device="cpu", dtype="fp32", most_tokens=MOST_TOKENS):
+    def __init__(self, name, device, dtype=None):
         try:
             from transformers import AutoModel, AutoTokenizer
-        except ImportError:
-            raise InputError(f"--text {name} needs one more package: pip install transformers "
-                             "(--text bytes needs none)")
-        try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModel.from_pretrained(name).eval().requires_grad_(False)
         except Exception as error:                       # a dozen kinds, from no network to a damaged file
-            raise InputError(f"--text {name} is neither bytes nor a model that could be loaded: {why(error)}")
+            raise InputError(f"--text {name}, a Qwen2, could not be loaded: {why(error)}; pip install "
+                             "transformers if it is missing, or use --text bytes")
         if not self.model.config.model_type.startswith("qwen2"):
             raise InputError(f"--text {name} is a {self.model.config.model_type} model, not one of Qwen2's")
-        self.model.to(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
-        self.name, self.dtype, self.device, self.most_tokens = name, dtype, device, most_tokens
-        self.width = self.model.config.hidden_size
-        key = sha256(f"{dtype} {most_tokens}".encode())
+        self.dtype = dtype or ("fp32" if device.type == "cpu" else faster_dtype(device))
+        self.model.to(device, torch.bfloat16 if self.dtype == "bf16" else torch.float32)
+        self.device, self.width = device, self.model.config.hidden_size
+        key = sha256(f"{self.dtype} {MOST_TOKENS}".encode())
         for value in self.model.state_dict().values():
-            key.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # numpy has no bf16
+            key.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())       # numpy has no bf16
         self.fingerprint = key.hexdigest()[:12]
 
     def token_ids(self, captions):
         """Token numbers of every caption, at least one each: a list of lists; long ones are cut."""
         found = self.tokenizer(list(captions))["input_ids"]
         for caption, ids in zip(captions, found):
-            if len(ids) > self.most_tokens:
-                last = self.tokenizer.decode(ids[:self.most_tokens][-5:])
-                warn_cut(caption, f"{self.most_tokens} tokens", last)
-        return [ids[:self.most_tokens] or [self.tokenizer.eos_token_id] for ids in found]
+            if len(ids) > MOST_TOKENS:
+                warn_cut(caption, f"{MOST_TOKENS} tokens", self.tokenizer.decode(ids[:MOST_TOKENS][-5:]))
+        return [ids[:MOST_TOKENS] or [self.tokenizer.eos_token_id] for ids in found]
 
     @torch.inference_mode()
     def encode(self, captions):
-        """Captions (list of str) -> last hidden state (B, M, E) float32, visible (B, M), on the CPU."""
+        """Captions -> last hidden state (B, M, E) float32, visible (B, M), on the CPU."""
         rows = [torch.tensor(ids) for ids in self.token_ids(captions)]
-        tokens, visible = nn.utils.rnn.pad_sequence(rows, batch_first=True), padding_mask([*map(len, rows)])
-        mask = visible.to(self.device)
-        hidden = self.model(input_ids=tokens.to(self.device), attention_mask=mask.long()).last_hidden_state
-        return (hidden.float() * mask[..., None]).cpu(), visible
+        tokens, visible = (part.to(self.device) for part in pad(rows))
+        hidden = self.model(input_ids=tokens, attention_mask=visible.long()).last_hidden_state
+        return (hidden.float() * visible[..., None]).cpu(), visible.cpu()
 
 
 def load_encoder(name, device="cpu", dtype=None):
     """The encoder of `--text NAME`: None for bytes, a part of FAR, else a frozen Qwen2, on a GPU in bf16."""
-    if name == "bytes":
-        return None
-    device = torch.device(device)
-    return Qwen2(name, device, dtype or ("fp32" if device.type == "cpu" else faster_dtype(device)))
+    return None if name == "bytes" else Qwen2(name, torch.device(device), dtype)
 
 
 def encode(encoder, captions):
-    """Captions (list of str) -> text for FAR: bytes of words, or the frozen encoder's vectors."""
+    """Captions -> text for FAR: bytes of words, or the frozen encoder's vectors."""
     return encoder.encode(captions) if encoder else byte_tokens(captions)
 
 
-# ---- the captions of a data set
-
 def text_source(encoder, data, folder):
-    """
-    A function: indices (B,), and u (B,) in [0, 1), which picks one of several captions of an image -> text
-    for FAR. What a frozen encoder makes of the captions is computed once and kept in `folder`.
-    """
+    """A function of indices (B,), and u (B,) in [0, 1), which picks one of several captions: text for FAR."""
     if encoder:
         return CachedText(encoder, data, folder)
     return lambda indices, u: byte_tokens([data.caption(int(i), float(v)) for i, v in zip(indices, u)])
 
 
 class CachedText:
-    """
-    Vectors of all captions of a data set on the disk, float16, unpadded, in files of `size` captions. Their
-    folder is named by encoder and token numbers, so a changed caption, vocabulary or model is noticed.
-    """
+    """Vectors of all captions, float16, unpadded, computed once for these captions and weights."""
 
     def __init__(self, encoder, data, folder, size=1024, batch=32):
-        captions, firsts = [], [0]                # image i: captions firsts[i] to firsts[i + 1]
-        for i in range(len(data)):
-            found = data.captions[i]
-            captions += [found] if isinstance(found, str) else found
-            firsts.append(len(captions))
-        key, starts = sha256(encoder.fingerprint.encode()), [0]  # caption j: rows starts[j] to starts[j + 1]
+        found = [[one] if isinstance(one, str) else one for one in data.captions]         # of every image
+        captions = [caption for several in found for caption in several]
+        key, lengths = sha256(encoder.fingerprint.encode()), []
         for first in range(0, len(captions), size):
             for ids in encoder.token_ids(captions[first:first + size]):
                 key.update(repr(ids).encode())
-                starts.append(starts[-1] + len(ids))
+                lengths.append(len(ids))
 
         def make(items):
             vectors, visible = encoder.encode(captions[items.start:items.stop])
-            values = vectors[visible].half().numpy()                                      # (tokens, E)
-            if not np.isfinite(values).all():
-                raise InputError(f"--text {encoder.name} gives values beyond float16")
-            return values
+            return vectors[visible].half().numpy()                                        # (tokens, E)
 
         folder = os.path.join(folder, f"text_{data.name}_{key.hexdigest()[:12]}")
-        self.files = make_files(folder, len(captions), make, "text vectors", size, batch, "caption")
-        self.firsts, self.starts, self.size = np.array(firsts), np.array(starts), size
+        self.vectors = make_parts(folder, len(captions), make, "text vectors", size, batch, "caption")
+        self.firsts = np.cumsum([0, *map(len, found)])       # image i: captions firsts[i] to firsts[i + 1]
+        self.starts = np.cumsum([0, *lengths])               # caption j: rows starts[j] to starts[j + 1]
 
     def __call__(self, indices, u):
         """-> vectors (B, M, E) float16, which FAR converts on its device, and visible (B, M)."""
         first, end = self.firsts[np.asarray(indices)], self.firsts[np.asarray(indices) + 1]
-        rows = []
-        for j in (first + np.asarray(u) * (end - first)).astype(int):
-            file = j // self.size
-            start, stop = self.starts[j:j + 2] - self.starts[file * self.size]
-            rows.append(torch.from_numpy(np.array(self.files[file][start:stop])))
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True), padding_mask([*map(len, rows)])
+        chosen = (first + np.asarray(u) * (end - first)).astype(int)
+        return pad([torch.from_numpy(self.vectors[range(*self.starts[j:j + 2])]) for j in chosen])

@@ -4,13 +4,10 @@ The tokenizer, a continuous KL autoencoder: an image becomes a small grid of con
     python tokenizer.py --data fashion_mnist        # train one, print its PSNR on held-out images
     python train.py ...                             # trains a missing tokenizer by itself
 
-The network is latent diffusion's AutoencoderKL (Rombach et al. 2022, appendix G), so that the published KL-16
-(`kl16.ckpt`) loads into the same class. The small ones, which train in minutes on a CPU, are the same without
-its levels: they fold all pixels of a token into channels first.
-
+The network is latent diffusion's AutoencoderKL (Rombach et al. 2022, appendix G); the published KL-16,
+kl16.ckpt, loads into it. Small ones, minutes on a CPU, fold a token's pixels into channels: one level.
 Shapes: B images, S side of the image, c image channels, C latent channels, H = S / stride side of the grid.
 """
-import argparse
 import functools
 import hashlib
 import math
@@ -24,7 +21,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from bands import both_axes, lowpass_matrices
 from common import (InputError, OneLineParser, autocast, command_line, digest, epochs, faster_dtype,
                     load_checkpoint, make_parts, only_one, pick_device, positive, prefetch, reading,
                     seed_number, step_generator, write_atomically)
@@ -37,43 +33,30 @@ class TokenizerConfig:
     image_size: int = 32           # S that it was trained for
     stride: int = 8                # pixels per token and axis
     latent_dim: int = 64           # C
-    width: int = 128               # channels of the first level
+    width: int = 64                # channels of the first level
     published: bool = False        # the published network: levels that halve the side four times
-    equivariant: bool = False      # a band of the latent is that band of the image, see `autoencoder_loss`
+
+    latent_size = property(lambda cfg: cfg.image_size // cfg.stride)         # H
+    batch = property(lambda cfg: 8 if cfg.published else 32)                 # images a step
+    steps = property(lambda cfg: 2500 if cfg.published else 400)             # of a training
 
     def __post_init__(self):
         if self.image_size % self.stride:
-            raise InputError(f"an image size of {self.image_size} is not a multiple of the tokenizer's "
-                             f"stride {self.stride}")
-
-    @property
-    def latent_size(self):
-        return self.image_size // self.stride
-
-    @property
-    def batch(self):
-        return 8 if self.published else 32                       # images per training step
-
-    @property
-    def steps(self):
-        return 2500 if self.published or self.equivariant else 400       # optimizer steps of a training
+            raise InputError(f"a size of {self.image_size} is not a multiple of the stride, {self.stride} px")
 
 
-def default_config(size, channels, stride=None, latent_dim=None, captions=False):
-    """
-    The tokenizer for an image size: up to 64 px a small one, above the published network, for a GPU. For
-    captioned pictures the small one is equivariant: the lowest band must know where several things are.
-    """
-    stride = stride or (8 if size <= 64 else 16)
-    if stride == 16 and size > 64:
-        return TokenizerConfig(channels, size, 16, latent_dim or 16, published=True)
+def default_config(size, channels):
+    """Up to 64 px a small tokenizer; above the published network, for a GPU."""
+    if size > 64:
+        return TokenizerConfig(channels, size, stride=16, latent_dim=16, width=128, published=True)
     # few rich tokens: on Fashion-MNIST 4 x 4 x 32 latents train FAR to half the distance of 8 x 8 x 8 ones
-    dims = {4: 8, 8: 32 if channels == 1 else 64, 16: 64}
-    width = 64 if stride == 4 else 128
-    return TokenizerConfig(channels, size, stride, latent_dim or dims[stride], width, equivariant=captions)
+    return TokenizerConfig(channels, size, latent_dim=32 if channels == 1 else 64)
 
 
-# ---- the network
+# ---- the network, with the names of the published file
+
+conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
+
 
 def group_norm(n):
     return nn.GroupNorm(math.gcd(32, n), n, eps=1e-6)
@@ -84,8 +67,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, n_in, n_out):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(n_in), nn.Conv2d(n_in, n_out, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(n_out), nn.Conv2d(n_out, n_out, 3, padding=1)
+        self.norm1, self.conv1 = group_norm(n_in), conv3(n_in, n_out)
+        self.norm2, self.conv2 = group_norm(n_out), conv3(n_out, n_out)
         self.nin_shortcut = nn.Identity() if n_in == n_out else nn.Conv2d(n_in, n_out, 1)
 
     def forward(self, x):
@@ -113,37 +96,24 @@ def middle(n):
     return nn.Sequential(OrderedDict(block_1=ResBlock(n, n), attn_1=AttnBlock(n), block_2=ResBlock(n, n)))
 
 
-def levels(cfg):
-    """Channels of every level, highest resolution first, and residual blocks in each of the encoder's."""
-    return ([cfg.width * m for m in (1, 1, 2, 2, 4)], 2) if cfg.published else ([cfg.width], 1)
-
-
-def positions(cfg, n):
-    """Learned: without them convolutions could not make several places of one vector, the lowest band."""
-    return nn.Parameter(torch.zeros(1, n, cfg.latent_size, cfg.latent_size)) if cfg.equivariant else 0
-
-
 class Encoder(nn.Module):
-    """Image (B, n_in, ...) to mean and log-variance of its latent, (B, 2C, H, H)."""
+    """Image (B, n_in, ...) -> mean and log-variance (B, 2C, H, H). `widths`: channels of its levels."""
 
-    def __init__(self, cfg, n_in):
+    def __init__(self, cfg, n_in, widths):
         super().__init__()
-        widths, n_res = levels(cfg)
-        self.conv_in, self.position = nn.Conv2d(n_in, widths[0], 3, padding=1), positions(cfg, widths[0])
-        self.down = nn.ModuleList()
+        self.conv_in, self.down = conv3(n_in, widths[0]), nn.ModuleList()
         for before, n in zip([widths[0], *widths], widths):
-            last = len(self.down) == len(widths) - 1
+            last, n_res = len(self.down) == len(widths) - 1, 2 if cfg.published else 1
             block = nn.ModuleList(ResBlock(n if j else before, n) for j in range(n_res))
             attn = nn.ModuleList(AttnBlock(n) if last and cfg.published else nn.Identity() for _ in block)
             # the published weights were trained with padding on the right and below only
             halve = {} if last else dict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(n, n, 3, stride=2))
             downsample = nn.Sequential(OrderedDict(halve))
             self.down.append(nn.ModuleDict(dict(block=block, attn=attn, downsample=downsample)))
-        self.mid, self.norm_out = middle(n), group_norm(n)
-        self.conv_out = nn.Conv2d(n, 2 * cfg.latent_dim, 3, padding=1)
+        self.mid, self.norm_out, self.conv_out = middle(n), group_norm(n), conv3(n, 2 * cfg.latent_dim)
 
     def forward(self, x):
-        x = self.conv_in(x) + self.position
+        x = self.conv_in(x)
         for level in self.down:
             for block, attention in zip(level["block"], level["attn"]):
                 x = attention(block(x))
@@ -152,25 +122,23 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent (B, C, H, H) to image (B, n_out, ...). Levels stand lowest resolution last, as in the files."""
+    """Latent (B, C, H, H) to image (B, n_out, ...). Levels stand lowest resolution last, as in the file."""
 
-    def __init__(self, cfg, n_out):
+    def __init__(self, cfg, n_out, widths):
         super().__init__()
-        widths, n_res = levels(cfg)
-        n = widths[-1]
-        self.conv_in, self.position = nn.Conv2d(cfg.latent_dim, n, 3, padding=1), positions(cfg, n)
-        self.mid, self.up = middle(n), nn.ModuleList()
+        n, n_res = widths[-1], 3 if cfg.published else 2
+        self.conv_in, self.mid, self.up = conv3(cfg.latent_dim, n), middle(n), nn.ModuleList()
         for below, n in zip([*widths[1:], n], widths):
-            block = nn.Sequential(*(ResBlock(n if j else below, n) for j in range(n_res + 1)))
-            double = dict(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(n, n, 3, padding=1))
+            block = nn.Sequential(*(ResBlock(n if j else below, n) for j in range(n_res)))
+            double = dict(nearest=nn.Upsample(scale_factor=2), conv=conv3(n, n))
             upsample = nn.Sequential(OrderedDict(double if len(self.up) else {}))
-            self.up.append(nn.ModuleDict(dict(block=block, upsample=upsample)))
-        self.norm_out, self.conv_out = group_norm(widths[0]), nn.Conv2d(widths[0], n_out, 3, padding=1)
+            self.up.append(nn.Sequential(OrderedDict(block=block, upsample=upsample)))
+        self.norm_out, self.conv_out = group_norm(widths[0]), conv3(widths[0], n_out)
 
     def forward(self, x):
-        x = self.mid(self.conv_in(x) + self.position)
+        x = self.mid(self.conv_in(x))
         for level in reversed(self.up):
-            x = level["upsample"](level["block"](x))
+            x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -181,7 +149,8 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         self.cfg, self.patch = cfg, 1 if cfg.published else cfg.stride
         n, C = cfg.image_channels * self.patch ** 2, cfg.latent_dim
-        self.encoder, self.decoder = Encoder(cfg, n), Decoder(cfg, n)
+        widths = [cfg.width * m for m in ((1, 1, 2, 2, 4) if cfg.published else (1,))]     # finest first
+        self.encoder, self.decoder = Encoder(cfg, n, widths), Decoder(cfg, n, widths)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * C, 2 * C, 1), nn.Conv2d(C, C, 1)
         if not cfg.published:         # a linear path around both: what a PCA of patches does is not relearned
             self.shortcut_in, self.shortcut_out = nn.Conv2d(n, C, 1), nn.Conv2d(C, n, 1)
@@ -236,19 +205,16 @@ def save_tokenizer(path, tokenizer):
 
 
 def load_tokenizer(path):
-    """A tokenizer in eval mode from our tokenizer.pt or from the published kl16.ckpt. Raises InputError."""
+    """A tokenizer in eval mode from our tokenizer.pt or from the published kl16.ckpt. InputError."""
     content = load_checkpoint(path)
     with reading(path):
-        weights, kind = content["model"], content.get("kind", "published")
-        if kind == "tokenizer":
+        weights = content["model"]
+        if content.get("kind") == "tokenizer":
             cfg, scale = TokenizerConfig(**content["config"]), content["latent_scale"]
-        elif kind == "published":
+        else:                                                    # 0.2325: what the authors trained FAR with
             width, channels = weights["encoder.conv_in.weight"].shape[:2]
-            latent_dim = weights["post_quant_conv.weight"].shape[0]
-            cfg = TokenizerConfig(channels, 256, 16, latent_dim, width, published=True)
-            scale = 0.2325                                       # what the authors trained FAR with
-        else:
-            raise InputError(f"{path} is neither a tokenizer of this program nor the published kl16.ckpt")
+            C = len(weights["post_quant_conv.weight"])
+            cfg, scale = TokenizerConfig(channels, 256, 16, C, width, published=True), 0.2325
         tokenizer = AutoencoderKL(cfg)
         tokenizer.load_state_dict(weights)
         tokenizer.latent_scale.fill_(scale)
@@ -256,10 +222,9 @@ def load_tokenizer(path):
 
 
 def fit_to_data(tokenizer, data, path):
-    """Set a given tokenizer to the data's size; InputError if it cannot encode these images."""
+    """Set a given tokenizer to the data's size; the published one takes any multiple of 16. InputError."""
     cfg = tokenizer.cfg
-    fits = cfg.published or cfg.image_size == data.size          # the published one takes any multiple of 16
-    if cfg.image_channels != data.channels or not fits:
+    if cfg.image_channels != data.channels or not (cfg.published or cfg.image_size == data.size):
         raise InputError(f"{path} is for {cfg.image_channels}-channel images of {cfg.image_size} px, "
                          f"{data.name} has {data.channels} channels and {data.size} px: train one for it")
     tokenizer.cfg = replace(cfg, image_size=data.size)
@@ -276,47 +241,34 @@ def fingerprint(module):
 # ---- training
 
 KL_WEIGHT = 1e-2
-# Of an equivariant tokenizer: the share of images that are compared after a low-pass, at first; it falls to 0
-# while encoder and decoder learn together. For the rest of the steps the decoder learns alone, whole images.
-LOWPASSED, TOGETHER = 0.6, 0.7
 
 
-def autoencoder_loss(tokenizer, image, noise, k=None, decoder_only=False):
+def autoencoder_loss(tokenizer, image, noise):
     """
-    Mean absolute error plus KL_WEIGHT times the latent's KL divergence from a unit Gaussian, both per pixel
-    (Kingma & Welling 2014; Rombach et al. 2022 eq. 25 without its adversarial term). With k (B,), frequencies
-    per axis to keep of each latent, 1..H, latent and image are compared after the same low-pass: so a band of
-    the latent becomes that band of the image (scale equivariance, Skorokhodov et al. 2025, arXiv 2502.14831).
-    image (B, c, S, S); noise (B, C, H, H), unit normal. Returns (loss, error, KL per latent number).
+    Mean absolute error, plus that of the local contrast, plus KL_WEIGHT times the latent's KL divergence from
+    a unit Gaussian, per pixel (Rombach et al. 2022, eq. 25; the contrast stands for its adversarial term).
+    image (B, c, S, S), noise (B, C, H, H) -> loss, error, KL per latent number.
     """
-    with torch.set_grad_enabled(not decoder_only):
-        mean, logvar = (part.float() for part in tokenizer.encode(image))
-        latent = mean + (0.5 * logvar).exp() * noise
-    if k is not None:
-        latent, image = keep_frequencies(latent, k), keep_frequencies(image, k, tokenizer.cfg.stride)
-    made = tokenizer.decode(latent).float()
+    mean, logvar = (part.float() for part in tokenizer.encode(image))
+    made = tokenizer.decode(mean + (0.5 * logvar).exp() * noise).float()
     error = (made - image).abs().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
     loss = error + KL_WEIGHT * kl.sum() / image.numel()
-    if not tokenizer.cfg.equivariant:                    # an error alone blurs what it cannot place
-        pairs = zip(local_contrast(made), local_contrast(image))
-        loss = loss + sum((a - b).abs().mean() for a, b in pairs)
+    for a, b in zip(local_contrast(made), local_contrast(image)):         # an error alone blurs what is fine
+        loss = loss + (a - b).abs().mean()
     return loss, error, kl.mean()
 
 
-def local_contrast(image):
+def local_contrast(x):
     """Root mean square of the differences of neighbouring pixels in windows of 4 x 4, down and across."""
-    return [(F.avg_pool2d(image.diff(dim=axis).square(), 4, 2) + 1e-3).sqrt() for axis in (2, 3)]
+    return [(F.avg_pool2d(x.diff(dim=axis).square(), 4, 2) + 1e-3).sqrt() for axis in (2, 3)]
 
 
 @torch.no_grad()
 def start_from_patches(tokenizer, images):
-    """
-    Start the linear path as the principal components of the patches of images (n, c, S, S) in [-1, 1], and
-    the network as nothing beside it. Orthonormal: distances between latents are distances between pictures.
-    """
-    into, out = tokenizer.shortcut_in, tokenizer.shortcut_out
-    n = min(tokenizer.cfg.latent_dim, into.in_channels)
+    """The linear path starts as the PCA of patches of images (n, c, S, S), the network as nothing beside."""
+    into, out, C = tokenizer.shortcut_in, tokenizer.shortcut_out, tokenizer.cfg.latent_dim
+    n = min(C, into.in_channels)
     x = F.pixel_unshuffle(images, tokenizer.cfg.stride).movedim(1, -1).flatten(0, -2).cpu().double()
     mean = x.mean(dim=0)                                                                  # (c stride^2,)
     values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))               # increasing
@@ -328,124 +280,71 @@ def start_from_patches(tokenizer, images):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
     tokenizer.quant_conv.bias[:] = 0
-    tokenizer.quant_conv.bias[tokenizer.cfg.latent_dim:] = -4        # the log-variance: little noise at first
-
-
-@functools.cache
-def axis_lowpasses(size, unit, device):
-    """The low-passes of an axis that keep unit, 2 unit, ..., size frequencies: (size / unit, size, size)."""
-    pairs = (lowpass_matrices(size, k, "spatial") for k in range(unit, size + 1, unit))
-    with autocast(device, "fp32"):                               # kept, so whoever asks first
-        return torch.stack([up @ down for down, up in pairs]).to(device)
-
-
-def keep_frequencies(x, k, unit=1):
-    """The low-pass, image by image: x (B, c, S, S) with k * unit frequencies per axis; k (B,), from 1."""
-    return both_axes(axis_lowpasses(x.shape[-1], unit, x.device)[k - 1][:, None], x)
-
-
-def make_optimizer(tokenizer):
-    """AdamW; every step sets its learning rate."""
-    return torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
-
-
-def learning_rate(cfg, step, steps):
-    """Warm-up over 100 steps, half of a short run, then a cosine to zero: a run of any length is finished."""
-    peak = 2e-4 if cfg.published else 4e-3
-    return peak * min(1, (step + 1) / min(100, steps / 2)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    tokenizer.quant_conv.bias[C:] = -4                           # log-variance: little noise at first
 
 
 def train_step(tokenizer, optimizer, images, flip, step, steps, seed, dtype):
     """
-    One step on images uint8 (B, c, S, S), mirrored half of the time with `flip`. Nothing here waits for the
-    device: what comes back is a tensor on it, (3,): error, KL per latent number, norm of the gradient.
+    One step on images uint8 (B, c, S, S), half of them mirrored with `flip`. It never waits for the device,
+    where its result is, (3,): error, KL per latent number, norm of the gradient.
     """
-    cfg, device, n, done, k = tokenizer.cfg, images.device, len(images), step / steps, None
+    cfg, device, n = tokenizer.cfg, images.device, len(images)
     draw = dict(generator=step_generator(seed, step, device), device=device)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(cfg, step, steps)
+    # warm-up over 100 steps, half of a short run, then a cosine to zero: a run of any length is finished
+    peak, warm = 2e-4 if cfg.published else 4e-3, min(1, (step + 1) / min(100, steps / 2))
+    optimizer.param_groups[0]["lr"] = peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
     images = to_unit(images)
     if flip:
         images = torch.where(torch.rand(n, 1, 1, 1, **draw) < 0.5, images.flip(-1), images)
     noise = torch.randn(n, cfg.latent_dim, cfg.latent_size, cfg.latent_size, **draw)
-    decoder_only = cfg.equivariant and done >= TOGETHER
-    if cfg.equivariant and not decoder_only:
-        u, lower = torch.rand(2, n, **draw)
-        lower = 1 + lower * (cfg.latent_size - 1)
-        k = torch.where(u < LOWPASSED * (1 - done / TOGETHER), lower, cfg.latent_size).long()
     with autocast(device, dtype):
-        loss, error, kl = autoencoder_loss(tokenizer, images, noise, k, decoder_only)
+        loss, error, kl = autoencoder_loss(tokenizer, images, noise)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return torch.stack([error, kl, norm]).detach()
 
 
 def time_step(cfg, device, dtype):
     """Seconds of a training step here: of the second one, for the first prepares memory and kernels."""
     tokenizer = AutoencoderKL(cfg).to(device)
-    optimizer, shape = make_optimizer(tokenizer), (cfg.image_channels, cfg.image_size, cfg.image_size)
-    images = torch.full((cfg.batch, *shape), 127, dtype=torch.uint8, device=device)
+    optimizer = torch.optim.AdamW(tokenizer.parameters())
+    images = torch.zeros(cfg.batch, cfg.image_channels, cfg.image_size, cfg.image_size, device=device)
     for _ in range(2):
         began = time.time()
         train_step(tokenizer, optimizer, images, False, 0, 1, 0, dtype).tolist()
     return time.time() - began
 
 
-def train_tokenizer(data, cfg, path, steps, seed=0, device="cpu", dtype="fp32", save_every=500):
-    """
-    Train a tokenizer on `data`; leave it at `path`, with its latent scale. Until then its state lies in
-    PATH.training: an interrupted training continues from its last save, bit for bit on a CPU.
-    """
+def train_tokenizer(data, cfg, path, steps, seed=0, device="cpu", dtype="fp32"):
+    """Train a tokenizer on `data` and leave it at `path`; on a CPU the same seed gives the same bits."""
     torch.manual_seed(seed)
-    tokenizer = AutoencoderKL(cfg).to(device)
-    optimizer, state = make_optimizer(tokenizer), f"{path}.training"
-    identity = dict(config=asdict(cfg), data=data.fingerprint, flip=data.flip, steps=steps, seed=seed)
-    before = load_checkpoint(state, "tokenizer training") if os.path.exists(state) else None
-    start, rows = 0, []
-    if not (cfg.published or cfg.equivariant):
-        some = next(epochs(0, min(len(data), 2048), len(data), seed))
+    tokenizer, rows = AutoencoderKL(cfg).to(device), []
+    some = next(epochs(0, min(len(data), 2048), len(data), seed))
+    if not cfg.published:
         start_from_patches(tokenizer, to_unit(data.batch(some)).to(device))
-    if before and before["identity"] == identity:                # else it was another training: begin anew
-        tokenizer.load_state_dict(before["model"])
-        optimizer.load_state_dict(before["optimizer"])
-        start = before["step"]
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     # the thread that reads also copies to the device: training never waits for it
-    order = epochs(start * cfg.batch, cfg.batch, len(data), seed)
-    batches = prefetch(lambda indices: data.batch(indices).to(device), order)
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc="tokenizer", unit="step")
+    batches = prefetch(lambda indices: data.batch(indices).to(device), epochs(0, cfg.batch, len(data), seed))
+    bar = tqdm(range(steps), desc="tokenizer", unit="step")
     for step in bar:
         rows.append(train_step(tokenizer, optimizer, next(batches), data.flip, step, steps, seed, dtype))
-        done = step + 1
-        save = done % save_every == 0 or done == steps
-        if done % 50 == 0 or save:
+        if len(rows) == 50 or step == steps - 1:
             error, kl, norm = torch.stack(rows).mean(dim=0).tolist()
             bar.set_postfix_str(f"L1 {error:.4f} KL {kl:.2f}", refresh=False)
             if not math.isfinite(norm):
                 raise InputError(f"the tokenizer's loss or its gradient is not finite between steps "
-                                 f"{done - len(rows)} and {done}: try --dtype fp32")
+                                 f"{step + 1 - len(rows)} and {step + 1}: try train.py with --dtype fp32")
             rows = []
-        if save:
-            content = dict(kind="tokenizer training", identity=identity, step=done,
-                           model=tokenizer.state_dict(), optimizer=optimizer.state_dict())
-            write_atomically(state, lambda file: torch.save(content, file))
     tokenizer.eval().requires_grad_(False)
-    tokenizer.latent_scale.fill_(measure_latent_scale(tokenizer, data, seed))
-    save_tokenizer(path, tokenizer)
-    os.remove(state)
-    return tokenizer
-
-
-@torch.inference_mode()
-def measure_latent_scale(tokenizer, data, seed=0, n=2048):
-    """1 / std of latents drawn for n training images: x then has unit variance (Rombach et al. 2022, G)."""
-    generator, latents = step_generator(seed, 1), []
-    for indices in next(epochs(0, min(n, len(data)), len(data), seed)).split(32):
-        images = to_unit(data.batch(indices).to(tokenizer.latent_scale.device))
-        mean, logvar = (part.cpu() for part in tokenizer.encode(images))
+    generator, latents = step_generator(seed, 1), []                 # unit variance: Rombach et al. 2022, G
+    for indices in some.split(32):
+        mean, logvar = (part.cpu() for part in tokenizer.encode(to_unit(data.batch(indices).to(device))))
         latents.append(mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator))
-    return 1 / torch.cat(latents).double().std().item()          # on the CPU: mps has no float64
+    tokenizer.latent_scale.fill_(1 / torch.cat(latents).double().std().item())         # mps has no float64
+    save_tokenizer(path, tokenizer)
+    return tokenizer
 
 
 def tokenizer_path(data_dir, data, cfg, steps):
@@ -455,10 +354,7 @@ def tokenizer_path(data_dir, data, cfg, steps):
 
 
 def get_tokenizer(data, held_out, cfg, data_dir, steps, seed=0, device="cpu", dtype="fp32", path=None):
-    """
-    The tokenizer of a data set, in eval mode on the device. If it is not there, one process trains it, prints
-    the PSNR of held-out images, and leaves it at `path`, by default in the data folder; others wait for it.
-    """
+    """The tokenizer in eval mode; if there is none, one process trains it, prints its PSNR, others wait."""
     path = path or tokenizer_path(data_dir, data, cfg, steps)
     with only_one(path):
         if not os.path.exists(path):
@@ -472,57 +368,45 @@ def get_tokenizer(data, held_out, cfg, data_dir, steps, seed=0, device="cpu", dt
 @torch.inference_mode()
 def cache_latents(tokenizer, data, folder, device="cpu"):
     """
-    Encode the data set once, in float32: Parts (N, views, 2, C, H, H) float16 of means and log-variances;
-    two views where a mirrored image (the second) is as good. Their folder inside `folder` is named by data
-    and tokenizer, so a changed one is noticed. Memory does not grow with N.
+    The data set encoded once in float32: Parts (N, views, 2, C, H, H) float16 of means and log-variances; two
+    views where a mirrored image (the second) is as good. Memory does not grow with N.
     """
     def encode(rows):
         images = to_unit(data.batch(torch.arange(rows.start, rows.stop)).to(device))      # (B, c, S, S)
         views = [images, images.flip(-1)] if data.flip else [images]
         moments = torch.stack([torch.stack(tokenizer.encode(view), dim=1) for view in views], dim=1)
-        return moments.half().cpu().numpy()                                      # (B, views, 2, C, H, H)
+        return moments.half().cpu().numpy()
 
     key = digest(data.fingerprint, data.flip, fingerprint(tokenizer))
     path = os.path.join(folder, f"latents_{data.name}_{data.size}_{key}")
-    batch = max(1, min(128, 2 ** 21 // data.size ** 2))          # of large pictures fewer: memory
+    batch = max(1, min(128, 2 ** 21 // data.size ** 2))                      # of large pictures fewer: memory
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")                # on a GPU no TF32 in products
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):                 # nor in convolutions
+    torch.set_float32_matmul_precision("highest")                            # on a GPU no TF32 in products
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):         # nor in convolutions
         parts = make_parts(path, len(data), encode, "latents", batch=batch)
     torch.set_float32_matmul_precision(precision)
     return parts
 
 
 def main(argv=None):
-    parser = OneLineParser(prog="tokenizer.py", description=__doc__,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="tokenizer.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--data", default="shapes", help="shapes, fashion_mnist, cifar10, imagenet64, or a folder of images")
     add("--size", type=positive, help="side of the images in pixels; by default the data's own")
     add("--data-dir", default="data", help="where data sets and tokenizers are kept")
-    add("--skip-bad", action="store_true", help="leave out images that cannot be read instead of stopping")
-    add("--mirror", action="store_true", help="show every image of a folder mirrored too, half of the time")
-    add("--text", action="store_true", help="for captioned pictures: the lowest band knows where things are")
-    add("--stride", type=int, choices=(4, 8, 16), help="pixels per token and axis; by default by the size")
-    add("--latent-dim", type=positive, help="channels of a token; by default it follows the stride")
     add("--steps", type=positive, help="optimizer steps; the schedule scales with them")
     add("--seed", type=seed_number, default=0, help="of weights, order and noise")
     add("--device", help="cuda, mps or cpu; by default the best there is")
-    add("--dtype", choices=("bf16", "fp32"), help="arithmetic of the network; by default the faster one here")
     add("--out", help="the file to write; by default where train.py looks for it, in the data folder")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
-    data, held_out = (load_data(args.data, args.size, args.data_dir, split, skip_bad=args.skip_bad,
-                                mirror=args.mirror or None) for split in ("train", "test"))
-    cfg = default_config(data.size, data.channels, args.stride, args.latent_dim, args.text)
-    args.steps = args.steps or cfg.steps
-    path = args.out or tokenizer_path(args.data_dir, data, cfg, args.steps)
+    data, held_out = (load_data(args.data, args.size, args.data_dir, split) for split in ("train", "test"))
+    cfg = default_config(data.size, data.channels)
+    steps = args.steps or cfg.steps
+    path = args.out or tokenizer_path(args.data_dir, data, cfg, steps)
     if os.path.exists(path):
         raise InputError(f"{path} is there already: remove it, or choose another --out")
-    print(f"{data.name}: {len(data):,} images of {data.size} px -> {cfg.latent_size} x {cfg.latent_size} "
-          f"tokens of {cfg.latent_dim}")
-    get_tokenizer(data, held_out, cfg, args.data_dir, args.steps, args.seed, device,
-                  args.dtype or faster_dtype(device), path)
+    get_tokenizer(data, held_out, cfg, args.data_dir, steps, args.seed, device, faster_dtype(device), path)
 
 
 if __name__ == "__main__":

@@ -31,16 +31,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from blocks import Muon
-from common import (InputError, OneLineParser, autocast, command_line, duration, epochs, faster_dtype,
-                    hold_lock, join_processes, load_checkpoint, number, pick_device, positive, prefetch,
-                    previous, reading, save_checkpoint, seed_number, step_generator, whole_numbers,
-                    write_atomically)
+from common import (InputError, OneLineParser, autocast, command_line, epochs, faster_dtype, hold_lock,
+                    join_processes, load_checkpoint, number, pick_device, positive, prefetch, previous,
+                    reading, save_checkpoint, seed_number, step_generator, whole_numbers, write_atomically)
 from data import load_data
 from far import FAR, LAYOUTS, PRESETS, FARConfig, Randomness, default_layout, make_config
 from sample import draw_pictures, draw_reconstructions
 from text import load_encoder, text_source
-from tokenizer import (AutoencoderKL, cache_latents, default_config, fingerprint, fit_to_data, get_tokenizer,
-                       load_tokenizer, save_tokenizer, time_step, to_unit, tokenizer_path)
+from tokenizer import (cache_latents, default_config, fingerprint, fit_to_data, get_tokenizer, load_tokenizer,
+                       save_tokenizer, time_step, tokenizer_path)
 
 
 def get_args(argv=None):
@@ -80,8 +79,7 @@ def get_args(argv=None):
 # ---- the recipe
 
 # The paper's sizes (FAR, implementation details): AdamW, lr 1e-4 per 256 images, warm-up for a quarter of the
-# run, then constant, 400 epochs, EMA 0.9999, clip 3. The small ones: minutes on two CPU cores, one cosine,
-# Muon.
+# run, then constant, 400 epochs, EMA 0.9999, clip 3. The small ones: minutes on two CPU cores, Muon, lr to 0.
 PAPER = dict(epochs=400, batch=128, lr=1e-4, lr_per=256, warmup=0.25, decay=False, muon=False, ema=0.9999,
              clip=3.0)
 SMALL = dict(batch=128, lr=1.5e-2, warmup=0.05, decay=True, muon=True, ema=0.9999, clip=3.0)
@@ -98,8 +96,7 @@ HOUR = 3600 * 0.4 * 400e12       # floating-point operations of an hour on a cur
 def make_recipe(args, changes, cfg, n_images, world):
     """
     The training recipe as plain numbers: the preset's, with what the command line says instead. The paper's
-    sizes train for its epochs on a data set like ImageNet, of a million images, and elsewhere for an hour of
-    a GPU.
+    sizes train for its epochs on a million images or more, and elsewhere for an hour of a GPU. InputError.
     """
     recipe = {"tokenizer": 2500, "lr_per": None, **RECIPES.get(args.model, PAPER), **changes}
     recipe["batch"] = args.batch or recipe["batch"]
@@ -124,8 +121,7 @@ def make_recipe(args, changes, cfg, n_images, world):
 def count_flops(cfg, batch, build=FAR):
     """Floating-point operations of a training step, counted by torch without running it."""
     with torch.device("meta"):
-        model = build(cfg)
-        inputs = some_inputs(cfg, batch, "meta")
+        model, inputs = build(cfg), some_inputs(cfg, batch, "meta")
     count = FlopCounterMode(display=False)
     with count:
         model(*inputs)[0].backward()
@@ -135,8 +131,7 @@ def count_flops(cfg, batch, build=FAR):
 def some_inputs(cfg, batch, device):
     """Arguments of FAR.forward for a batch of random latents, of class 0 or with a text of twenty tokens."""
     x = torch.randn(batch, cfg.latent_dim, cfg.latent_size, cfg.latent_size, device=device)
-    labels = torch.zeros(batch, dtype=torch.long, device=device)
-    text = None
+    labels, text = torch.zeros(batch, dtype=torch.long, device=device), None
     if cfg.text_dim:
         width, kind = (12, torch.uint8) if cfg.byte_depth else (cfg.text_dim, torch.float32)
         text = (torch.ones(batch, 20, width, dtype=kind, device=device),
@@ -153,8 +148,7 @@ def learning_rate(step, recipe):
 def make_optimizer(model, recipe, weight_decay=0.02):
     """
     AdamW as in FAR: weight decay on whatever has two or more dimensions, but not on the diffusion head. With
-    `muon` (see blocks.py) the matrices of all blocks, the head's too, take its steps, and they alone are
-    decayed.
+    `muon` (see blocks.py) the matrices of all blocks, the head's too, take its steps, and they alone decay.
     """
     hidden = ("encoder.", "decoder.", "head.blocks.", "text_encoder.blocks.")
     matrices, decayed, free = [], [], []
@@ -184,8 +178,7 @@ def update_ema(ema, model, step, decay):
 def train_step(run, batches, step):
     """
     One optimizer step of run.model over micro-batches [(x, draw, labels, text)]. Nothing here waits for the
-    device: what comes back are tensors on it, the loss, the error of every band, and the norm of the
-    gradient, (2 + L,).
+    device. -> a tensor on it, (2 + L,): the loss, the error of every band, the norm of the gradient.
     """
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(step, run.recipe)
@@ -207,8 +200,7 @@ def train_step(run, batches, step):
 class Batches:
     """
     The batches of a run from cached latents: draws[number] is a function of (seed, number). A thread works
-    ahead: it reads the one view of each image that is needed, into memory that a GPU can copy without
-    waiting.
+    ahead: it reads the view of each image that is needed, into memory that a GPU can copy without waiting.
     """
 
     def __init__(self, latents, labels, texts, scale, seed, batch, device, rank=0, world=1):
@@ -250,39 +242,39 @@ class Batches:
 
 def fit(run):
     """
-    Train run.model from run.start to the end of the recipe. Every 50 steps, and on Ctrl-C or SIGTERM, it
-    looks: values are read from the device, logged and checked; now and then the run is saved and pictures are
-    drawn. False if it was stopped.
+    Train run.model from run.start to the end of the recipe. Every 50 steps, and on Ctrl-C or SIGTERM, values
+    are read from the device, logged and checked; now and then the run is saved and pictures are drawn. False
+    if it was stopped.
     """
-    rows, since, saved_at, stop = [], time.time(), time.time(), run.stop
+    rows, since, saved_at = [], time.time(), time.time()
     steps, stream = run.recipe["steps"], run.batches(run.start * run.accum)
+    light = sum(p.numel() for p in run.ema.parameters()) < 50e6                    # a save costs nothing
     bar = tqdm(range(run.start, steps), "FAR", steps, initial=run.start, unit="step", disable=run.rank > 0)
-    for step in bar:
-        micro = [next(stream) for _ in range(run.accum)]
-        if run.ema.cfg.dropout:
-            torch.manual_seed((run.seed * 1_000_003 + step) * run.world + run.rank)
-        rows.append(train_step(run, micro, step))
-        done = step + 1
-        if not (done % 50 == 0 or done == steps or (stop and run.world == 1)):
-            continue
-        values, stopping = read_values(rows, run), mean_of_all(float(len(stop)), run) > 0
-        if not math.isfinite(values[-1]):
-            raise InputError(f"the loss or its gradient is not finite between steps {done - len(rows)} and "
-                             f"{done}: try --dtype fp32, or --set lr={run.recipe['lr'] / 3:.1e}; what "
-                             f"{run.out} holds is from before")
-        if run.rank == 0:
-            seconds = time.time() - since
-            rate = run.recipe["effective"] * len(rows) / seconds
-            log(run, bar, done, values, rate, run.batches.waited / seconds)
-            late = done % 500 == 0 if run.light else time.time() - saved_at > 1800
-            if late or stopping or done == steps:
-                run.save(done)
-                saved_at = time.time()
-                if not stopping:
-                    draw_pictures(run.shown, run.out, run.seed)
-        rows, run.batches.waited, since = [], 0.0, time.time()
-        if stopping:
-            return False
+    with signals_noted() as stop:
+        for step in bar:
+            micro = [next(stream) for _ in range(run.accum)]
+            if run.ema.cfg.dropout:
+                torch.manual_seed((run.seed * 1_000_003 + step) * run.world + run.rank)
+            rows.append(train_step(run, micro, step))
+            done = step + 1
+            if not (done % 50 == 0 or done == steps or (stop and run.world == 1)):
+                continue
+            values, stopping = read_values(rows, stop, run)
+            if not math.isfinite(values[-1]):
+                raise InputError(f"the loss or its gradient is not finite between steps {done - len(rows)} "
+                                 f"and {done}: try --dtype fp32, or --set lr={run.recipe['lr'] / 3:.1e}; "
+                                 f"what {run.out} holds is from before")
+            if run.rank == 0:
+                log(run, bar, done, values, len(rows), time.time() - since)
+                late = time.time() - saved_at > 1800
+                if (light and (done == 100 or done % 500 == 0)) or late or stopping or done == steps:
+                    run.save(done)
+                    saved_at = time.time()
+                    if not stopping:
+                        draw_pictures(run.shown, run.out, run.seed)
+            rows, run.batches.waited, since = [], 0.0, time.time()
+            if stopping:
+                return False
     return True
 
 
@@ -298,26 +290,23 @@ def signals_noted():
             signal.signal(name, handler)
 
 
-def read_values(rows, run):
-    """Loss, error of every band, gradient norm: means over steps and processes, a list of floats."""
+def read_values(rows, stop, run):
+    """Loss, error of every band, gradient norm: means over steps and processes; whether any is to stop."""
     rows = torch.stack(rows)
     mean = rows.nanmean(dim=0)                                          # nan: a band that no step has trained
     mean[-1] = rows[:, -1].mean()                                    # but a gradient that is nan must be seen
-    return mean_of_all(mean, run).tolist()
-
-
-def mean_of_all(value, run):
-    """The mean of a tensor or number over all processes."""
-    value = torch.as_tensor(value, device=run.device)
+    values = torch.cat([mean, mean.new_tensor([len(stop)])])
     if run.world > 1:
-        dist.all_reduce(value)
-    return value / run.world
+        dist.all_reduce(values)
+    *values, stopping = (values / run.world).tolist()
+    return values, stopping > 0
 
 
-def log(run, bar, done, values, rate, waiting):
-    """One line of metrics.jsonl, and the text beside the bar."""
+def log(run, bar, done, values, n, seconds):
+    """One line of metrics.jsonl for n steps, and the text beside the bar."""
     loss, *errors, norm = values
     errors = [None if math.isnan(error) else round(error, 6) for error in errors]
+    rate, waiting = run.recipe["effective"] * n / seconds, run.batches.waited / seconds
     lr = learning_rate(done - 1, run.recipe)
     line = dict(step=done, loss=loss, bands=errors, lr=lr, grad_norm=norm, images_per_s=rate, waiting=waiting)
     with open(os.path.join(run.out, "metrics.jsonl"), "a", encoding="utf-8") as file:
@@ -339,7 +328,7 @@ def cut_log(path, start):
 # ---- the stages of main
 
 def open_inputs(args, device):
-    """All that the user gave, opened before any long work: images, text encoder, tokenizer."""
+    """All that the user gave, opened before any long work: images, text encoder, tokenizer. InputError."""
     data, held_out = (
         load_data(args.data, args.size, args.data_dir, split, text=bool(args.text), skip_bad=args.skip_bad,
                   mirror=args.mirror or None)
@@ -372,14 +361,13 @@ def configure(args, data, tokenizer_cfg, encoder, world):
         if name not in kinds:
             raise InputError(f"--set {item}: NAME=VALUE with NAME one of {', '.join(kinds)}")
         try:
-            kind = {float: number, tuple: whole_numbers}.get(kinds[name], kinds[name])
-            changes[name] = kind(text)
+            changes[name] = {float: number, tuple: whole_numbers}.get(kinds[name], kinds[name])(text)
         except (ValueError, ArgumentTypeError):
             raise InputError(f"--set {item}: {text!r} is not a valid {kinds[name].__name__}")
-    recipe_changes = dict(tokenizer=tokenizer_cfg.steps)
-    recipe_changes.update({name: changes.pop(name) for name in list(changes) if name in of_recipe})
-    preset = PRESETS[args.model]
+    recipe_changes = {"tokenizer": tokenizer_cfg.steps}
+    recipe_changes.update({name: changes.pop(name) for name in of_recipe if name in changes})
     if args.text:
+        preset = PRESETS[args.model]
         changes["text_dim"] = encoder.width if encoder else preset["width"]
         changes["byte_depth"] = 0 if encoder else preset.get("byte_depth", 2)
     try:
@@ -390,50 +378,45 @@ def configure(args, data, tokenizer_cfg, encoder, world):
     return cfg, make_recipe(args, recipe_changes, cfg, len(data), world)
 
 
-def announce(args, data, cfg, recipe, world, device):
+def announce(args, data, cfg, recipe, device):
     """What will be trained."""
     others = " or ".join(f"--layout {name}" for name in LAYOUTS if name != args.layout)
-    bands = ",".join(map(str, cfg.bands))
-    print(f"{args.model} in the {args.layout} layout (else: {others}), bands {bands}, on {device}, "
-          f"{args.dtype}\n"
+    print(f"{args.model} in the {args.layout} layout (else: {others}), bands {','.join(map(str, cfg.bands))}, "
+          f"on {device}, {args.dtype}\n"
           f"{data.name}: {len(data):,} images of {data.size} px, {data.n_class} classes, "
           f"{'mirrored half of the time' if data.flip else 'never mirrored'}\n"
-          f"{recipe['steps']:,} steps of {recipe['effective']} images ({recipe['batch']} a device x "
-          f"{args.accum} accumulated x {world} processes)")
+          f"{recipe['steps']:,} steps of {recipe['effective']} images")
 
 
-def estimate(args, data, cfg, recipe, start, tokenizer, tokenizer_cfg, device, build):
-    """Say how long it will all take, from timed steps, and on a CPU what CPUs are for."""
-    def seconds_of(function):
-        function()                                                # the first call prepares memory and kernels
-        began = time.time()
-        function()
-        return time.time() - began
-
+def estimate(args, data, cfg, recipe, start, tokenizer_cfg, device, build):
+    """How long it will all take, from timed steps. tokenizer_cfg: of one that has to be trained, or None."""
     model, some = build(cfg).to(device), recipe["batch"]
     if device.type == "cpu":                             # a large model is timed on fewer images
         some = max(1, min(some, round(2e11 * some / count_flops(cfg, some))))
     run = SimpleNamespace(model=model, ema=deepcopy(model), optimizer=make_optimizer(model, recipe),
                           recipe=recipe, device=device, dtype=args.dtype, world=1)
     inputs = some_inputs(cfg, some, device)
-    times = recipe["batch"] / some * args.accum * (recipe["steps"] - start)
-    stages = {"FAR": times * seconds_of(lambda: train_step(run, [inputs], 0).tolist())}
-    path = tokenizer_path(args.data_dir, data, tokenizer_cfg, recipe["tokenizer"])
-    if not (tokenizer or os.path.exists(path)):
-        stages["tokenizer"] = time_step(tokenizer_cfg, device, args.dtype) * recipe["tokenizer"]
-        probe = AutoencoderKL(tokenizer_cfg).to(device).requires_grad_(False)
-        some = lambda: to_unit(data.batch(torch.randint(len(data), (64,)))).to(device)
-        encode = lambda: probe.encode(some())[0].sum().item()
-        stages["latents"] = seconds_of(encode) * (1 + data.flip) * len(data) / 64
-    print(f"timed steps say about {duration(sum(stages.values()))}: "
-          f"{', '.join(f'{name} {duration(seconds)}' for name, seconds in stages.items())}", flush=True)
+    for _ in range(2):                                            # the first prepares memory and kernels
+        began = time.time()
+        train_step(run, [inputs], 0).tolist()
+    stages = {"FAR": (time.time() - began) * recipe["batch"] / some * args.accum * (recipe["steps"] - start)}
+    if tokenizer_cfg:
+        seconds = time_step(tokenizer_cfg, device, args.dtype)
+        stages["tokenizer"] = seconds * recipe["tokenizer"]
+        views = len(data) * (2 if data.flip else 1)               # to encode is a sixth of a training step
+        stages["latents"] = seconds / tokenizer_cfg.batch / 6 * views
+    shown = ", ".join(f"{name} {seconds / 60:,.1f}" for name, seconds in stages.items())
+    print(f"timed steps say about {sum(stages.values()) / 60:,.1f} minutes: {shown}", flush=True)
     if device.type == "cpu" and sum(stages.values()) > 7200:
         print("this is a CPU, for which far_nano and far_tiny are meant; the paper's method at their size: "
               "python train.py --data fashion_mnist --layout paper")
 
 
 def resume_point(path, identity, rank=0):
-    """The last whole checkpoint of this run, or None; in place of a damaged one the one before."""
+    """
+    The last whole checkpoint of this run, or None; in place of a damaged one the one before. InputError if it
+    is another run's.
+    """
     for candidate in filter(os.path.exists, (path, previous(path))):
         try:
             found = load_checkpoint(candidate, "far")
@@ -487,8 +470,7 @@ def main(argv=None, build=FAR):
     args = get_args(argv)
     rank, world, device = join_processes(pick_device(args.device))
     data, held_out, encoder, tokenizer = open_inputs(args, device)
-    tokenizer_cfg = tokenizer.cfg if tokenizer else default_config(data.size, data.channels,
-                                                                   captions=bool(args.text))
+    tokenizer_cfg = tokenizer.cfg if tokenizer else default_config(data.size, data.channels)
     cfg, recipe = configure(args, data, tokenizer_cfg, encoder, world)
     os.makedirs(args.out, exist_ok=True)
     lock = rank > 0 or hold_lock(os.path.join(args.out, "lock"), wait=False)          # until the process ends
@@ -503,12 +485,14 @@ def main(argv=None, build=FAR):
     shared_cpu = world > 1 and device.type == "cpu"                 # where each might find another one faster
     args.dtype = args.dtype or (before["dtype"] if before else "fp32" if shared_cpu else faster_dtype(device))
     if rank == 0:
-        announce(args, data, cfg, recipe, world, device)
-        if tokenizer is None and tokenizer_cfg.published:
+        announce(args, data, cfg, recipe, device)
+        there = tokenizer or os.path.exists(tokenizer_path(args.data_dir, data, tokenizer_cfg,
+                                                           recipe["tokenizer"]))
+        if not there and tokenizer_cfg.published:
             print("above 64 px the published tokenizer is better: --tokenizer kl16.ckpt; the one that is "
                   "trained now blurs detail")
         if start < recipe["steps"]:
-            estimate(args, data, cfg, recipe, start, tokenizer, tokenizer_cfg, device, build)
+            estimate(args, data, cfg, recipe, start, None if there else tokenizer_cfg, device, build)
 
     tokenizer = (tokenizer or get_tokenizer(data, held_out, tokenizer_cfg, args.data_dir, recipe["tokenizer"],
                                             args.seed, device, args.dtype)).to(device)
@@ -527,25 +511,18 @@ def main(argv=None, build=FAR):
         model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
     shown = SimpleNamespace(model=ema, tokenizer=tokenizer, encoder=encoder, device=device, dtype=args.dtype,
                             data=about)
-    batches = Batches(latents, data.labels, texts, scale, args.seed, recipe["batch"], device, rank, world)
-    with signals_noted() as stop:
-        finished = fit(SimpleNamespace(
-            model=DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model, ema=ema,
-            optimizer=optimizer, recipe=recipe, batches=batches, start=start, accum=args.accum, out=args.out,
-            seed=args.seed, save=save, shown=shown, stop=stop, device=device, dtype=args.dtype, rank=rank,
-            world=world, light=sum(p.numel() for p in model.parameters()) < 50e6))
-    if rank == 0:
-        say_goodbye(args, finished, shown, held_out)
-
-
-def say_goodbye(args, finished, shown, held_out):
-    """Reconstructions beside the pictures, and what to do next."""
-    if not finished:
-        return print(f"\nstopped; all is saved in {args.out}, and the same command continues")
-    draw_reconstructions(shown, held_out, os.path.join(args.out, "reconstructions.png"))
-    more = '--prompt "a yellow star above a green square"' if args.text else "--n 64"
-    print(f"pictures: samples.png, bands.png and reconstructions.png in {args.out}\n"
-          f"next:     python sample.py --ckpt {shlex.quote(args.out)} {more}")
+    finished = fit(SimpleNamespace(
+        model=DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model, ema=ema,
+        optimizer=optimizer, recipe=recipe, start=start, accum=args.accum, out=args.out, seed=args.seed,
+        batches=Batches(latents, data.labels, texts, scale, args.seed, recipe["batch"], device, rank, world),
+        save=save, shown=shown, device=device, dtype=args.dtype, rank=rank, world=world))
+    if rank == 0 and not finished:
+        print(f"\nstopped; all is saved in {args.out}, and the same command continues")
+    elif rank == 0:
+        draw_reconstructions(shown, held_out, os.path.join(args.out, "reconstructions.png"))
+        more = '--prompt "a yellow star above a green square"' if args.text else "--n 64"
+        print(f"pictures: samples.png, bands.png and reconstructions.png in {args.out}\n"
+              f"next:     python sample.py --ckpt {shlex.quote(args.out)} {more}")
 
 
 if __name__ == "__main__":

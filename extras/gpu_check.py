@@ -1,44 +1,25 @@
 """
-Is this machine's GPU used well, and does everything run on it? About ten minutes, one table.
+Does everything run on this machine's GPU, and is it used well? About ten minutes, a table, some pictures.
 
     python -m extras.gpu_check
 
-far_b in the paper's layout trains, with and without torch.compile, and is sampled in all layouts; the
-authors' reference numbers, where they lie (../shared/golden, or the folder that FAR_GOLDEN names), are
-compared in float32 and bf16; shapes at 64 px and Fashion-MNIST are trained, 200 steps, and sampled.
+far_b is timed in all layouts; shapes at 64 px and Fashion-MNIST are trained for 200 steps, with and without
+torch.compile, and sampled; the authors' reference numbers, where they lie (../shared/golden, or the folder
+that FAR_GOLDEN names), are compared in float32 and bf16.
 """
-import argparse
 import os
-import time
 
 import numpy as np
 import torch
 
 import sample
 import train
-from common import InputError, OneLineParser, autocast, command_line, pick_device
-from extras.benchmark import SAMPLING, TRAINING, imagenet, sampling_row, training_row
+from common import OneLineParser, autocast, command_line, pick_device
+from extras.benchmark import IMAGENET, TIMES, timed
 from extras.published import load_published
-from far import FAR, LAYOUTS, sampling_defaults
+from far import FAR, LAYOUTS, make_config
 
 GOLDEN = os.environ.get("FAR_GOLDEN", os.path.join("..", "shared", "golden"))
-
-
-def speed(device, tiny):
-    """Print training and sampling of far_b in bf16; in a dry run of far_nano, uncompiled."""
-    preset, batch, n = ("far_nano", 2, 1) if tiny else ("far_b", 64, 64)
-    print(TRAINING)
-    recipe = dict(train.RECIPES.get(preset, train.PAPER), batch=batch, steps=1000)
-    for compiled in (False,) if tiny else (False, True):
-        name = f"{preset}, paper{', compiled' if compiled else ''}"
-        cfg = imagenet(preset, "paper")
-        print(training_row(name, cfg, recipe, device, "bf16", compiled=compiled), flush=True)
-    print(f"\n{SAMPLING}")
-    for layout in LAYOUTS:
-        cfg = imagenet(preset, layout)
-        model, settings = FAR(cfg).eval().to(device), sampling_defaults(cfg)
-        settings["steps"] = (2, 2) if tiny else settings["steps"]
-        print(sampling_row(f"{preset}, {layout}", model, n, settings, device, "bf16"), flush=True)
 
 
 def agreement(device):
@@ -59,30 +40,20 @@ def agreement(device):
 
 
 def main(argv=None):
-    parser = OneLineParser(prog="extras.gpu_check", description=__doc__,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", help="cuda, mps or cpu; by default the best there is")
+    parser = OneLineParser(prog="-m extras.gpu_check", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", default="runs/gpu_check", help="folder of the trainings (%(default)s)")
-    parser.add_argument("--data-dir", default="data", help="where data sets and tokenizers are kept")
-    parser.add_argument("--tiny", action="store_true", help="a dry run: far_nano, two steps of everything")
-    args = parser.parse_args(argv)
-    device, ends = pick_device(args.device), []
+    out, device = parser.parse_args(argv).out, pick_device()
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device
-    print(f"{card}, torch {torch.__version__}\n")
-    speed(device, args.tiny)
+    print(f"{card}, torch {torch.__version__}\n\n{TIMES}")
+    recipe = dict(train.PAPER, batch=64, steps=1000)
+    for layout in LAYOUTS:
+        print(timed("far_b", make_config("far_b", layout, *IMAGENET), recipe, device, "bf16"), flush=True)
+    for data, *flags in (("shapes", "--size", "64", "--compile"), ("fashion_mnist",)):
+        folder = os.path.join(out, data)
+        train.main(["--data", data, "--out", folder, "--steps", "200", *flags])
+        sample.main(["--ckpt", folder, "--n", "8"])
     if os.path.exists(os.path.join(GOLDEN, "far_tiny.npz")):
         agreement(device)
-    for data, size in (("shapes", 32 if args.tiny else 64), ("fashion_mnist", 32)):
-        out, began = os.path.join(args.out, data), time.perf_counter()
-        small = ["--model", "far_nano", "--batch", "2"] if args.tiny else []
-        try:
-            train.main(["--data", data, "--size", str(size), "--out", out, "--data-dir", args.data_dir,
-                        "--device", str(device), "--steps", "2" if args.tiny else "200", *small])
-            sample.main(["--ckpt", out, "--n", "8", "--device", str(device)])
-            ends.append(f"| {data} | {size} px | {time.perf_counter() - began:.0f} s | {out}/sample.png |")
-        except InputError as error:
-            ends.append(f"| {data} | {size} px | failed | {error} |")
-    print("\n| trained and sampled | size | all in all | pictures |\n|---|---|---|---|\n" + "\n".join(ends))
 
 
 if __name__ == "__main__":

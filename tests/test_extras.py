@@ -1,246 +1,130 @@
-"""Tests of extras: the baselines, the ablations' rows and verdicts, counted costs, foreign checkpoints."""
-import argparse
-import json
-import os
+"""Tests of extras: baselines, the ablations' rows and verdicts, counted costs."""
 from contextlib import nullcontext
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 import sample
 import train
-from common import InputError
-from extras import ablate, baselines, benchmark, export, gpu_check, published
-from far import FAR, LAYOUTS, PRESETS, Randomness, make_config, sampling_defaults
-from tokenizer import AutoencoderKL, TokenizerConfig, default_config
-
-torch.set_num_threads(1)
-SMALL = dict(width=32, depth=1, n_head=4, n_cond=1, head_width=32, head_depth=2)
+from extras import ablate, baselines, benchmark, gpu_check
+from far import FAR, LAYOUTS, Randomness, make_config, sampling_defaults
+from tokenizer import TokenizerConfig, default_config
 
 
-class Fashion:
-    """As much of Fashion-MNIST as a configuration needs."""
-    name, size, channels, n_class, captions = "fashion_mnist", 32, 1, 10, None
-
-    def __len__(self):
-        return 60000
-
-
-def small(method, H=4, C=4, n_class=4):
-    """A small model of a method of extras/baselines.py."""
+def small(method):
+    """A small model of a method for latents (4, 4, 4) of 4 classes, and the arguments that sample it."""
     torch.manual_seed(0)
-    changes = {**baselines.config_changes(method, "far_nano", H, C, n_class), **SMALL}
-    return baselines.METHODS[method](make_config("far_nano", "band", H, C, n_class, **changes))
+    changes = dict(baselines.configure(method, 4, 4, 4)[1], width=32, depth=1, head_width=32, head_depth=2)
+    cfg = make_config("far_nano", "band", 4, 4, 4, **changes)
+    settings = dict(sampling_defaults(cfg), steps=(10, 10), cfg=2.0, bands=cfg.bands)
+    return baselines.METHODS[method](cfg), dict(settings, seed=1, first=0, progress=lambda: None)
 
-
-# ---- MAR and DiT
 
 @pytest.mark.parametrize("method", ["mar_random", "mar_raster"])
 def test_mar_draws_every_token_once(method, monkeypatch):
-    model, number = small(method).eval(), iter(range(1, 100))
+    (model, settings), number = small(method), iter(range(1, 100))
     monkeypatch.setattr(model, "draws", 6)
-    count = lambda condition, noise, *_: torch.full_like(noise(), next(number))
-    monkeypatch.setattr(model.head, "sample", count)
-    grids = torch.stack(model.sample(torch.arange(2), cfg=2.0))[:, :, 0].flatten(2)              # (6, B, 16)
+    monkeypatch.setattr(model.head, "sample", lambda z, noise, *_: torch.full_like(noise(), next(number)))
+    grids = torch.stack(model.eval().sample(torch.arange(2), **settings))[:, :, 0].flatten(2)    # (6, B, 16)
     for before, after in zip(grids, grids[1:]):
         assert (after[before > 0] == before[before > 0]).all() and (after > 0).sum() > (before > 0).sum()
-    assert (grids[-1] > 0).all()
     in_order = (grids[-1].diff(dim=1) >= 0).all().item()
-    assert in_order == (method == "mar_raster"), "raster: row by row; random: not"
+    assert (grids[-1] > 0).all() and in_order == (method == "mar_raster"), "raster: row by row; random: not"
 
 
 @pytest.mark.parametrize("method", ["dit", "mar_random", "mar_raster"])
-def test_mar_and_dit_learn_a_handful_of_latents(method):
-    model = small(method)
+def test_a_baseline_is_as_large_as_far_and_learns_a_handful_of_latents(method):
+    whole = [baselines.METHODS[name](baselines.configure(name, 4, 32, 10)[0]) for name in (method, "far")]
+    ours, theirs = (sum(p.numel() for p in model.parameters()) for model in whole)
+    assert 0.85 < ours / theirs < 1.15
+    model, settings = small(method)
     wanted = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(1)).sign()
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
     for step in range(150):
-        labels = torch.arange(16) % 4
-        loss, errors = model(wanted[labels], Randomness(0, step), labels)
+        loss, errors = model(wanted.repeat(4, 1, 1, 1), Randomness(0, step), torch.arange(16) % 4)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    drawn = model.eval().sample(torch.arange(4), steps=(10, 10), bands=(4,), masked=False)[-1]
-    assert errors.shape == (1,)
-    assert (drawn * wanted).mean() > 0.4, "drawn as asked for, by class"
+    drawn, two = (model.eval().sample(torch.arange(n), **dict(settings, cfg=1.0))[-1] for n in (4, 2))
+    assert errors.shape == (1,) and (drawn * wanted).mean() > 0.4, "drawn as asked for, by class"
+    assert torch.allclose(drawn[:2], two, atol=1e-4), "an image depends on (seed, i) alone"
 
 
-@pytest.mark.parametrize("method", list(baselines.METHODS))
-def test_a_baseline_has_about_as_many_parameters_as_far(method):
-    cfg = [make_config("far_tiny", "band", 4, 32, 10, **baselines.config_changes(m, "far_tiny", 4, 32, 10))
-           for m in (method, "far")]
-    ours, theirs = baselines.parameters(baselines.METHODS[method], cfg[0]), baselines.parameters(FAR, cfg[1])
-    assert 0.85 < ours / theirs < 1.15
-    model = small(method).eval()
-    with torch.no_grad():
-        one, two = (model.sample(torch.arange(n), seed=1, first=first, steps=(2, 2), cfg=2.0)[-1]
-                    for n, first in ((2, 0), (1, 0)))
-    assert torch.allclose(one[:1], two, atol=1e-5), "an image depends on (seed, i) alone"
+@pytest.mark.parametrize("module, work, flags, names, words", [
+    (ablate, "run_rows", "--steps 2 --n 8 --only lowpass", ["spatial", "Fourier"], "8 samples"),
+    (baselines, "judge", "--data {0}/pictures --size 16 --seconds 1 --n 8 --only far dit",
+     ["real test images", "training images through the tokenizer", "far", "dit"], "| 2 |")])
+def test_a_table_is_filled_once(module, work, flags, names, words, tiny, tmp_path, monkeypatch):
+    slow, pool = evaluate.train_classifier, nullcontext(SimpleNamespace(imap_unordered=map))
+    config = lambda size, channels: TokenizerConfig(channels, size, 4, 8, 16)
+    for part, name, value in (                           # hours in seconds, and nothing in other processes
+            (evaluate, "train_classifier", lambda *given: slow(*given, steps=3, batch=8)),
+            (train, "default_config", config), (module, "default_config", config),
+            (ablate, "DATA", str(tiny[0] / "pictures")), (ablate, "SIZE", 16), (module, "MODEL", "far_nano"),
+            (ablate, "get_context", lambda kind: SimpleNamespace(Pool=lambda n: pool)),
+            (baselines, "GRID", baselines.GRID[:2]), (baselines, "training_seconds", lambda *_: 0.5)):
+        monkeypatch.setattr(part, name, value)
+    command = f"{flags} --data-dir {{1}}/data --out {{1}}/out".format(tiny[0], tmp_path).split()
+    module.main(command)
+    text = next((tmp_path / "out").glob("*.md")).read_text()
+    assert [line.split("|")[1].strip() for line in text.splitlines() if line[:2] == "| "][1:] == names
+    assert words in text and len(list((tmp_path / "data").glob("tokenizer*.pt"))) == 1, "one for all"
+    monkeypatch.setattr(module, work, None)                                  # every row is known by now
+    module.main(command)
+    assert next((tmp_path / "out").glob("*.md")).read_text() == text
 
 
-# ---- a tiny folder of pictures, and a classifier that costs nothing
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for name in ("dark", "light"):
-        os.makedirs(root / name)
-        for i in range(12):
-            pixels = rng.integers(0, 120, (32, 32, 3)) + 120 * (name == "light")
-            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i}.png")
-    return str(root)
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    slow = evaluate.train_classifier
-    monkeypatch.setattr(evaluate, "train_classifier", lambda *given: slow(*given, steps=3, batch=8))
-    for module in (baselines, ablate):
-        config = lambda size, channels: TokenizerConfig(channels, size, 8, 8, 16)
-        monkeypatch.setattr(module, "default_config", config)
-
-
-def test_the_baselines_are_trained_and_tabled_and_go_on_where_they_stopped(pictures, tmp_path, monkeypatch,
-                                                                           quick, capsys):
-    monkeypatch.setattr(baselines, "GRID", baselines.GRID[:2])
-    monkeypatch.setattr(baselines, "training_seconds", lambda *_, **__: 0.5)                    # two steps
-    command = ["--data", pictures, "--size", "32", "--data-dir", str(tmp_path / "data"),
-               "--out", str(tmp_path / "out"), "--model", "far_nano", "--seconds", "1", "--n", "8",
-               "--device", "cpu", "--only", "far", "dit"]
-    baselines.main(command)
-    table = (tmp_path / "out" / "baselines.md").read_text().splitlines()
-    assert [line.split("|")[1].strip() for line in table[2:]] == [
-        "real test images", "training images through the tokenizer", "far", "dit"]
-    found = json.loads((tmp_path / "out" / "baselines.json").read_text())
-    assert found["dit"][0]["steps"] == 2 and found["dit"][0]["sampling"] in baselines.GRID
-    monkeypatch.setattr(baselines, "judge", None)                                     # not judged again
-    baselines.main(command)
-    assert table[-1] in capsys.readouterr().out
-
-
-# ---- ablations
-
-ROWS = {str(row[1:]): row for _, rows in ablate.TABLES.values() for row in rows}.values()
-
-
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_every_row_is_a_model_that_trains_and_samples_as_the_row_says(row):
-    given = SimpleNamespace(model="far_nano", out="out", data="fashion_mnist", data_dir="data", steps=10, n=8)
-    job = ablate.make_job(given, "tokenizer.pt", row, 0)
-    cfg, recipe = train.configure(train.get_args(job["command"]), Fashion(), default_config(32, 1), None, 1)
-    assert recipe["steps"] == 10 and cfg.layout == (row[1][1] if "--layout" in row[1] else "paper")
-    model = FAR(cfg)
-    loss, _ = model(torch.randn(4, cfg.latent_dim, 4, 4), Randomness(0, 0), torch.arange(4))
-    loss.backward()
-    drawn = model.eval().sample(torch.arange(2), **{**sampling_defaults(cfg), **row[2], "steps": (1, 1)})
-    assert torch.isfinite(loss) and torch.isfinite(drawn[-1]).all()
-    for item in row[1][1:] if row[1] and row[1][0] == "--set" else []:
-        name, value = item.split("=")
-        assert getattr(cfg, name) == value
+@pytest.mark.parametrize("table", ablate.TABLES)
+def test_every_row_is_a_model_that_trains_and_samples_as_the_row_says(table):
+    data = type("Data", (), dict(n_class=10, __len__=lambda self: 60000))()
+    for row in ablate.TABLES[table][1]:
+        job = ablate.make_job(SimpleNamespace(out="out", data_dir="data", steps=10, n=8), row, 0)
+        cfg, recipe = train.configure(train.get_args(job["command"]), data, default_config(32, 1), None, 1)
+        flag, value = row[1] or ("--layout", "paper")
+        name, _, choice = value.rpartition("=")
+        assert recipe["steps"] == 10 and getattr(cfg, name or "layout") == choice
+        assert flag == "--layout" or cfg.layout == "paper"
+        model = FAR(cfg)
+        loss, _ = model(torch.randn(4, cfg.latent_dim, 4, 4), Randomness(0, 0), torch.arange(4))
+        loss.backward()
+        settings = {**sampling_defaults(cfg), **job["sampling"], "steps": (1, 1)}
+        drawn = model.eval().sample(torch.arange(2), **settings)[-1]
+        assert torch.isfinite(loss) and torch.isfinite(drawn).all()
 
 
 def test_a_difference_counts_only_beyond_the_spread_of_the_seeds():
-    row = lambda *fds: [dict(frechet_distance=fd, recall=0.5, accuracy=0.9, training_rate=100,
-                             sampling_seconds=2.0) for fd in fds]
-    table = ablate.write_table("what", [("first", row(5, 6)), ("near", row(6, 6.2)), ("far", row(9, 9)),
-                                        ("low", row(2, 3))])
-    assert [line.split("|")[4].strip() for line in table[2:]] == ["", "within the spread", "worse", "better"]
-    assert table[2].split("|")[2].strip() == "5.50" and table[2].split("|")[3].strip() == "1.00"
+    rest = dict(recall=0.5, accuracy=0.9, sampling_seconds=2.0)
+    rows = [(name, [dict(rest, frechet_distance=fd) for fd in pair]) for name, *pair in (
+        ("first", 5, 6), ("near", 6, 6.2), ("far", 9, 9), ("low", 2, 3))]
+    cells = [[cell.strip() for cell in line.split("|")] for line in ablate.write_table("what", rows)[2:]]
+    assert [row[4] for row in cells] == ["-", "within the spread", "worse", "better"]
+    assert cells[0][1:4] == ["first", "5.50", "1.00"]
 
 
-def test_the_ablations_write_tables_and_go_on_where_they_stopped(pictures, tmp_path, monkeypatch, quick,
-                                                                 capsys):
-    here = lambda kind: SimpleNamespace(Pool=lambda n: nullcontext(SimpleNamespace(imap_unordered=map)))
-    monkeypatch.setattr(ablate, "get_context", here)                                 # no processes, no charts
-    monkeypatch.setattr(ablate, "pyplot", lambda: (_ for _ in ()).throw(InputError("charts need matplotlib")))
-    monkeypatch.setitem(ablate.TABLES, "lowpass", (ablate.TABLES["lowpass"][0], [
-        (name, change, dict(steps=(1, 1), bands=(4,))) for name, change, _ in ablate.TABLES["lowpass"][1]]))
-    command = ["--data", pictures, "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out"),
-               "--model", "far_nano", "--steps", "2", "--seeds", "1", "--n", "8", "--only", "lowpass"]
-    ablate.main(command)
-    text = (tmp_path / "out" / "ablations.md").read_text()
-    assert "| spatial |" in text and "| Fourier |" in text
-    assert "no lowpass.png: charts need" in capsys.readouterr().out
-    monkeypatch.setattr(ablate, "run_row", None)                              # every row is known by now
-    ablate.main(command)
+def test_costs_are_those_of_a_whole_sampling(monkeypatch):
+    monkeypatch.setattr(benchmark, "PRESETS", ["far_nano"])
+    monkeypatch.setattr(benchmark, "IMAGENET", (4, 8, 10))
+    rows = [[cell.strip() for cell in line.split("|")] for line in benchmark.counted()[2:]]
+    assert {row[2]: int(row[6]) for row in rows} == dict(paper=17, released=17, band=1 + 4 + 16 + 1)
+    for layout in LAYOUTS:
+        with torch.device("meta"):
+            model = FAR(make_config("far_nano", layout, 4, 8, 10)).eval()
+        settings = dict(sampling_defaults(model.cfg), steps=(3, 6))
+        with FlopCounterMode(display=False) as counter:
+            model.sample(torch.zeros(1, dtype=torch.long, device="meta"), **settings)
+        assert benchmark.sampling_flops(model, settings)[0] == counter.get_total_flops()
 
 
-# ---- costs
-
-def test_the_table_of_costs_has_every_preset_in_every_layout(monkeypatch):
-    monkeypatch.setattr(benchmark, "sampling_flops", lambda *_: (1e9, 0.5))
-    monkeypatch.setattr(train, "count_flops", lambda *_: 2e9)
-    monkeypatch.setattr(benchmark, "FAR", lambda cfg: DiffusionHeadAlone())
-    rows = [line.split("|") for line in benchmark.counted(PRESETS)[2:]]
-    assert [(row[1].strip(), row[2].strip()) for row in rows] == [(p, l) for p in PRESETS for l in LAYOUTS]
-    assert benchmark.tokens(benchmark.imagenet("far_b", "band"), (1, 2, 4, 8, 16)) == 341 + 64
-    assert benchmark.tokens(benchmark.imagenet("far_b", "paper"), (1, 16)) == 256 + 64
-
-
-class DiffusionHeadAlone(torch.nn.Module):
-    """A model that costs nothing to build."""
-
-    def __init__(self):
-        super().__init__()
-        self.head = torch.nn.Linear(1, 1)
-
-
-def test_counted_sampling_is_what_a_whole_sampling_takes():
-    with torch.device("meta"):
-        model = FAR(make_config("far_nano", "band", 4, 8, 10)).eval()
-    settings = dict(sampling_defaults(model.cfg), steps=(3, 2))
-    labels = torch.zeros(1, dtype=torch.long, device="meta")
-    whole = benchmark.flops(lambda: model.sample(labels, **settings))
-    # an embedding of the time of every step, once per band, is not in the estimate
-    assert benchmark.sampling_flops(model, settings)[0] == pytest.approx(whole, rel=0.05)
-
-
-def test_the_gpu_check_runs_through_without_a_gpu(tmp_path, monkeypatch, capsys):
-    calls = []
-    monkeypatch.setattr(gpu_check.train, "main", calls.append)
-    monkeypatch.setattr(gpu_check.sample, "main", calls.append)
-    gpu_check.main(["--tiny", "--device", "cpu", "--out", str(tmp_path)])
-    out = capsys.readouterr().out
-    assert len(calls) == 4 and "far_nano, released" in out and "| fashion_mnist | 32 px |" in out
-
-
-# ---- the authors' checkpoints, and runs to give away
-
-def authors_name(ours):
-    """The name of a tensor in their files."""
-    for theirs, start in sorted(published.NAMES.items(), key=lambda pair: -len(pair[1])):
-        if ours.startswith(start):
-            name = theirs + ours[len(start):]
-            break
-    if "res_blocks" in name:
-        for theirs, part in published.IN_HEAD_BLOCK.items():
-            name = name.replace(f".{part}", f".{theirs}")
-    return name
-
-
-def test_published_files_become_a_run_that_is_sampled_and_given_away(tmp_path):
-    torch.manual_seed(0)
-    model = FAR(make_config("far_nano", "released", 4, 16, 5, **SMALL))
-    weights = {authors_name(name): value for name, value in model.state_dict().items() if name != "band_std"}
-    checkpoint, kl16 = str(tmp_path / "checkpoint-last.pth"), str(tmp_path / "kl16.ckpt")
-    args = argparse.Namespace(model="far_base")
-    tokenizer = TokenizerConfig(3, 256, 16, 16, 32, published=True)
-    torch.save(dict(model=weights, model_ema=weights, epoch=3, args=args), checkpoint)
-    torch.save(dict(model=AutoencoderKL(tokenizer).state_dict()), kl16)
-    run, given = str(tmp_path / "run"), str(tmp_path / "given")
-    published.main([checkpoint, kl16, run, "--heads", "4"])
-    loaded = sample.load_run(run)
-    assert loaded.model.cfg.layout == "released"
-    assert loaded.tokenizer.latent_scale.item() == pytest.approx(0.2325)
-    state = loaded.model.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    export.main([run, given])
-    for folder in (run, given):
-        sample.main(["--ckpt", folder, "--classes", "3", "--n", "2", "--steps", "2", "--device", "cpu"])
-        assert Image.open(os.path.join(folder, "sample.png")).size[0] >= 64
-    with pytest.raises(InputError, match="is not a checkpoint of FAR's authors"):
-        published.main([os.path.join(run, "far.pt"), kl16, run])
+def test_a_run_is_timed_and_the_gpu_check_calls_what_there_is(tiny_run, monkeypatch, capsys):
+    benchmark.main(["--ckpt", tiny_run, "--batch", "2"])
+    trained, sampled = [], []
+    monkeypatch.setattr(gpu_check, "timed", lambda name, cfg, *_: f"| {name}, {cfg.layout} |")
+    monkeypatch.setattr(train, "main", lambda argv: trained.append(train.get_args(argv).out))
+    monkeypatch.setattr(sample, "main", lambda argv: sampled.append(sample.get_args(argv).ckpt))
+    gpu_check.main([])
+    said = capsys.readouterr().out
+    assert f"| {tiny_run}, band | 2 |" in said and all(f"| far_b, {layout} |" in said for layout in LAYOUTS)
+    assert len(trained) == 2 and trained == sampled
