@@ -1,25 +1,19 @@
-"""
-What every script shares: errors a user can act on, the device, several processes, and files that are never
-half written.
-
-Randomness is a function of (seed, step): `step_generator`. What lies in the data folder is made once, by
-whoever comes first (`only_one`), in parts that survive an interruption (`make_parts`).
-"""
+"""What every script shares: one-line errors, the device, several processes, files never half written."""
 import argparse
 import errno
 import hashlib
 import math
 import mmap
 import os
-import pickle
 import signal
 import sys
-import time
+import timeit
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,17 +22,12 @@ import torch.nn as nn
 from tqdm import tqdm
 
 
-# ---- errors and the command line
-
 class InputError(ValueError):
     """Something the user gave is wrong. The message says what, and what to do."""
 
 
 def command_line(main):
-    """
-    Run a script's `main()`. Bad input, and files that cannot be read or written, end as one line on stderr
-    and exit code 2, Ctrl-C and SIGTERM as exit code 130.
-    """
+    """Run a script's `main()`: what is wrong is one line on stderr and exit code 2, Ctrl-C or SIGTERM 130."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")        # names that the terminal cannot show are escaped
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -46,25 +35,24 @@ def command_line(main):
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
+        return
     except InputError as error:
-        sys.exit(print(f"error: {' '.join(str(error).split())}", file=sys.stderr) or 2)
+        code, line = 2, f"error: {' '.join(str(error).split())}"
     except OSError as error:
-        if error.filename is None and error.errno != errno.ENOSPC:
-            raise
-        sys.exit(print(f"error: {why(error)}: {error.filename or 'while writing'}", file=sys.stderr) or 2)
+        code, line = 2, f"error: {why(error)}: {error.filename or 'while reading or writing'}"
     except KeyboardInterrupt:
-        sys.exit(print("interrupted", file=sys.stderr) or 130)
+        code, line = 130, "interrupted"
+    print(line, file=sys.stderr)
+    sys.exit(code)
 
 
 def why(error):
     """The cause of an exception in a few words: a full disk and missing permissions by their name."""
     while not isinstance(error, OSError) and error.__context__ is not None:
         error = error.__context__                                    # torch.save wraps what the disk said
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager
@@ -74,10 +62,9 @@ def reading(path):
         yield
     except (InputError, MemoryError):
         raise
-    except OSError as error:
-        raise InputError(f"{path} could not be read ({why(error)})")
     except Exception as error:                                # damaged files end in a dozen other exceptions
-        raise InputError(f"{path} is damaged or not what it should be ({why(error)})")
+        verdict = "could not be read" if isinstance(error, OSError) else "is damaged or not what it should be"
+        raise InputError(f"{path} {verdict} ({why(error)})")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -101,9 +88,7 @@ def positive(text, least=1):
     return int(text)
 
 
-def seed_number(text):
-    """--seed: a whole number from 0."""
-    return positive(text, least=0)
+seed_number = partial(positive, least=0)
 
 
 def whole_numbers(text):
@@ -115,8 +100,8 @@ def whole_numbers(text):
 
 def pick_device(name=None):
     """The device by name, or the best there is: cuda, mps, cpu. Raises InputError."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    have = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name = name or next(kind for kind in have if have[kind])
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -138,12 +123,8 @@ def faster_dtype(device):
         return "bf16" if has_bf16 else "fp32"
 
     def seconds(kind):
-        layer, x, times = nn.Linear(256, 1024).to(kind), torch.randn(2048, 256, dtype=kind), []
-        for _ in range(4):
-            start = time.perf_counter()
-            layer(x).sum().backward()
-            times.append(time.perf_counter() - start)
-        return min(times)
+        layer, x = nn.Linear(256, 1024).to(kind), torch.randn(2048, 256, dtype=kind)
+        return min(timeit.repeat(lambda: layer(x).sum().backward(), number=1, repeat=4))
 
     return "bf16" if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else "fp32"
 
@@ -155,16 +136,12 @@ def step_generator(seed, step, device="cpu"):
 
 
 def epochs(start, count, n, seed):
-    """
-    Batches of `count` indices, LongTensor (count,), of an endless stream of shuffled epochs over n images,
-    from position `start` on. A generator: an epoch is shuffled once, not once a batch.
-    """
-    epoch, at = divmod(start, n)
-    order = torch.randperm(n, generator=step_generator(seed, epoch))[at:]
+    """Batches of indices (count,) of an endless stream of shuffled epochs over n images, from `start` on."""
+    (epoch, at), order = divmod(start, n), torch.arange(0)
     while True:
         while len(order) < count:
-            epoch += 1
-            order = torch.cat([order, torch.randperm(n, generator=step_generator(seed, epoch))])
+            order = torch.cat([order, torch.randperm(n, generator=step_generator(seed, epoch))[at:]])
+            epoch, at = epoch + 1, 0
         yield order[:count]
         order = order[count:]
 
@@ -205,7 +182,7 @@ def prefetch(function, items, ahead=2):
             yield waiting.popleft().result()
 
 
-# ---- files that are made once, by whoever comes first
+# ---- files: made once, by whoever comes first; whole at any moment
 
 def digest(*parts):
     """12 characters that change when any of the parts does."""
@@ -213,50 +190,42 @@ def digest(*parts):
 
 
 def hold_lock(path, wait):
-    """
-    The file `path`, open and locked until it is closed or the process ends; None if another process holds it
-    and `wait` is False. Where the system has no such locks nothing is locked.
-    """
+    """The file `path`, locked until it is closed or the process ends; None if it is taken and not `wait`."""
     file = open(path, "a")
     try:
-        import fcntl                                                 # not on Windows
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        pass                                                     # Windows has none: nothing is locked
     except BlockingIOError:
-        file.close()
-        return None
+        if not wait:
+            return None
+        if rank_and_world()[0] == 0:
+            print(f"waiting for another process, which holds {path}", file=sys.stderr, flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
     return file
 
 
 @contextmanager
 def only_one(path):
-    """
-    Make the file or folder `path` inside this block, if it is not there by then: no other process is in the
-    block at the same time. Whoever has to wait says so.
-    """
+    """Inside, make `path` if it is not there by then: no other process is inside at the same time."""
     if os.path.exists(path):
         yield
         return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    lock = hold_lock(f"{path}.lock", wait=False)
-    if lock is None:
-        if rank_and_world()[0] == 0:
-            print(f"waiting for another process, which is making {path}", file=sys.stderr, flush=True)
-        lock = hold_lock(f"{path}.lock", wait=True)
-    with lock:
+    with hold_lock(f"{path}.lock", wait=True):
         yield
-        if os.path.exists(path) and os.path.exists(f"{path}.lock") and os.name != "nt":
-            os.remove(f"{path}.lock")                                # from here on nobody needs it
+        if os.path.exists(path):
+            with suppress(OSError):                              # Windows does not remove what is open
+                os.remove(f"{path}.lock")
 
 
 class Parts:
     """Arrays (n, ...), mapped from the disk, one after the other: rows are read by 8 threads."""
 
     def __init__(self, arrays):
-        self.arrays, self.pool = arrays, ThreadPoolExecutor(8)
-        self.starts = np.cumsum([0, *map(len, arrays)])
+        self.arrays, self.starts = arrays, np.cumsum([0, *map(len, arrays)])
+        self.pool = ThreadPoolExecutor(8)
         self.shape = (int(self.starts[-1]), *arrays[0].shape[1:])
 
     def __len__(self):
@@ -266,7 +235,7 @@ class Parts:
         """Row numbers, or (row numbers, an index into each row) -> array (n, ...)."""
         rows, inner = rows if isinstance(rows, tuple) else (rows, [slice(None)] * len(rows))
         which = np.searchsorted(self.starts, rows, side="right") - 1
-        places = list(zip(which, np.asarray(rows) - self.starts[which], inner))
+        places = list(zip(which, rows - self.starts[which], inner))
         shares = [places[i:i + 16] for i in range(0, len(places), 16)]
         read = lambda share: np.stack([self.arrays[part][row][i] for part, row, i in share])
         return np.concatenate(list(self.pool.map(read, shares)))
@@ -274,16 +243,15 @@ class Parts:
 
 def make_parts(folder, n, make, desc, size=2048, batch=128, unit="img"):
     """
-    Rows for n items, made once and kept in `folder` as one file for every `size` items; interrupted, it goes
-    on with the next file, and several processes share the work. make(range) -> an array for at most `batch`
-    items. -> Parts.
+    Parts of n rows, made once: a file in `folder` for every `size` of them, shared among the processes; an
+    interrupted one goes on with the next file. make(range) -> the rows of at most `batch` items.
     """
-    ranges = [range(first, min(first + size, n)) for first in range(0, n, size)]
     path = lambda items: os.path.join(folder, f"{items.start:09d}-{items.stop:09d}.npy")  # for any n
-    rank, world = rank_and_world()
-    todo = [items for items in ranges[rank::world] + ranges if not os.path.exists(path(items))]   # mine first
-    there = sum(len(items) for items in ranges if os.path.exists(path(items)))
-    with tqdm(total=n, initial=there, desc=desc, unit=unit, disable=rank > 0 or not todo) as bar:
+    ranges, (rank, world) = [range(i, min(i + size, n)) for i in range(0, n, size)], rank_and_world()
+    todo = [items for items in ranges if not os.path.exists(path(items))]
+    todo.sort(key=lambda items: items.start // size % world != rank)                      # mine first
+    with tqdm(total=n, initial=n - sum(map(len, todo)), desc=desc, unit=unit,
+              disable=rank > 0 or not todo) as bar:
         for items in todo:
             with only_one(path(items)):
                 if not os.path.exists(path(items)):
@@ -299,16 +267,13 @@ def make_parts(folder, n, make, desc, size=2048, batch=128, unit="img"):
             arrays.append(np.load(path(items), mmap_mode="r", allow_pickle=False))
             if hasattr(mmap, "MADV_RANDOM"):       # or each row read would bring its neighbours from the disk
                 arrays[-1]._mmap.madvise(mmap.MADV_RANDOM)
+    if dist.is_initialized():
+        dist.barrier()                       # all have opened them: whoever wants to may remove the folder now
     return Parts(arrays)
 
 
-# ---- files that are whole at any moment
-
 def write_atomically(path, write):
-    """
-    Call `write(file)` on a temporary file beside `path`, then rename it into place: a reader, or a crash at
-    any moment, sees the old file or the new one. InputError, and the old file, on a full disk.
-    """
+    """write(file) beside `path`, then rename: at any moment the old file or the new one. InputError."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -323,10 +288,7 @@ def write_atomically(path, write):
 
 
 def save_checkpoint(path, content):
-    """
-    Save a dict of tensors and plain types; the file it replaces stays beside it as NAME.prev.pt. Whenever the
-    process dies, one of the two is whole.
-    """
+    """Save a dict of tensors and plain types; the file before stays as NAME.prev.pt. One is always whole."""
     write_atomically(f"{path}.new", lambda file: torch.save(content, file))
     if os.path.exists(path):
         os.replace(path, previous(path))
@@ -341,24 +303,19 @@ def previous(path):
 
 def load_checkpoint(path, kind=None, allow=()):
     """
-    Read a checkpoint, on the CPU, without running any code in it. `kind` is what its own "kind" entry must
-    say; `allow` lists harmless classes that may stand inside (argparse.Namespace, for published files).
-    InputError on a missing, truncated, damaged (by the zip's CRC32 sums) or foreign file, or one with code.
+    Read a checkpoint, on the CPU, without running any code in it; `allow` lists harmless classes. InputError
+    on a missing, damaged (by the zip's CRC32 sums) or dangerous file, or one of another "kind".
     """
     if not os.path.isfile(path):
         raise InputError(f"there is no file {path}")
-    try:
-        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
-        with torch.serialization.safe_globals(list(allow)):
-            content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise InputError(f"{path} could not be read ({why(error)})")
-    except Exception as error:                                # truncated files end in a dozen exceptions
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error).upper():
-            raise InputError(f"{path} carries code, or classes that are not plain tensors: it is refused")
-        raise InputError(f"{path} is not a checkpoint, or it is truncated")
-    if damaged:
-        raise InputError(f"{path} is damaged (its part {damaged} does not match its checksum)")
+    with reading(path), open(path, "rb") as file, torch.serialization.safe_globals(list(allow)):
+        if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):
+            raise ValueError(f"its part {damaged} does not match its checksum")
+        file.seek(0)
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:                 # no cause: torch's is long, and advises to run the code in the file
+            raise InputError(f"{path} is refused: not a checkpoint, truncated, or with code or classes in it")
     if kind and not (isinstance(content, dict) and content.get("kind") == kind):
         raise InputError(f"{path} is not a {kind} checkpoint of this program")
     return content

@@ -6,9 +6,8 @@ How good are the images? Frechet distance, Inception score, precision, recall, a
     python evaluate.py --samples made.npz --data fashion_mnist          images made elsewhere (or a folder)
     python evaluate.py --ckpt runs/in64 --n 50000 --features inception  FID and IS; --reference: others' .npz
 
-Feature networks: `classifier`, a small CNN, trained once on the real training images, a minute on a CPU: its
-numbers rank models on one data set within this code and are *not* FID. `inception`: that of the literature.
-Shapes: N images, C channels, S pixels per side, F features, K classes.
+Features: of a small `classifier`, trained once on the training images, to rank models on one data set, *not*
+FID; or of the literature's `inception`. Shapes: N images, C channels, S pixels, F features, K classes.
 """
 import hashlib
 import os
@@ -51,14 +50,12 @@ def feature_statistics(features):
 
 
 def frechet_distance(mu_a, sigma_a, mu_b, sigma_b):
-    """
-    |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two Gaussians (FID: Heusel et al. 2017, eq. 6). A B has the
-    eigenvalues of the symmetric A^(1/2) B A^(1/2): singular covariances do no harm. InputError on NaN.
-    """
+    """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)), FID: Heusel et al. 2017, eq. 6. InputError on NaN."""
     if not all(np.isfinite(x).all() for x in (mu_a, sigma_a, mu_b, sigma_b)):
         raise InputError("the features contain NaN or infinite values: there is no Frechet distance")
     values, vectors = np.linalg.eigh(sigma_a)
     root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T                            # A^(1/2), (F, F)
+    # A B has the eigenvalues of the symmetric A^(1/2) B A^(1/2): singular covariances do no harm
     trace_root = np.sqrt(np.linalg.eigvalsh(root_a @ sigma_b @ root_a).clip(min=0)).sum()
     distance = ((mu_a - mu_b) ** 2).sum() + np.trace(sigma_a) + np.trace(sigma_b) - 2 * trace_root
     return float(max(distance, 0))                 # rounding leaves -1e-12 for equal sets
@@ -77,23 +74,20 @@ def inception_score(probabilities, splits=10):
 
 def precision_recall(real, fake, k=3):
     """
-    Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2) of features (N, F), (N, F): share of the
-    fake images in the real set and vice versa: nearer to one of it than its k-th neighbour there. InputError.
+    Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2) of features (N, F), (M, F): the share of
+    fake images that are nearer to a real one than its k-th neighbour among these, and vice versa. InputError.
     """
     if min(len(real), len(fake)) <= k:
         raise InputError(f"precision and recall with k={k} need at least {k + 1} images of each set")
     real, fake = (torch.from_numpy(np.asarray(x, np.float64)) for x in (real, fake))
     centre = real.mean(0)                                    # cdist's matrix product loses digits far from 0
-    real, fake = real - centre, fake - centre
-    return share_inside(fake, real, k), share_inside(real, fake, k)
-
-
-def share_inside(points, manifold, k):
-    """Share of points (N, F) in the balls around manifold (M, F) that reach to the k-th neighbour."""
-    radius = torch.cat([torch.cdist(block, manifold).kthvalue(k + 1).values         # + 1: it finds itself too
-                        for block in manifold.split(1000)])                                     # (M,)
-    inside = [(torch.cdist(block, manifold) <= radius).any(1) for block in points.split(1000)]
-    return float(torch.cat(inside).double().mean())
+    shares = []
+    for points, others in ((fake - centre, real - centre), (real - centre, fake - centre)):
+        radius = torch.cat([torch.cdist(block, others).kthvalue(k + 1).values       # + 1: it finds itself too
+                            for block in others.split(1000)])
+        inside = [(torch.cdist(block, others) <= radius).any(1) for block in points.split(1000)]
+        shares.append(float(torch.cat(inside).double().mean()))
+    return tuple(shares)
 
 
 # ---- the feature networks: uint8 images (N, C, S, S) -> features (N, F), logits of classes (N, K)
@@ -122,8 +116,8 @@ class Classifier(nn.Module):
 
 def classifier_features(data, device="cpu", data_dir="data"):
     """The Classifier of a training set, trained once, kept in data_dir. InputError without classes."""
-    if data.n_class < 2:
-        raise InputError(f"{data.name} has no classes to train the classifier on: use --features inception")
+    if not data or data.n_class < 2:
+        raise InputError("no classes to train the classifier on: add --data, or --features inception")
     path = os.path.join(data_dir, f"classifier_{data.name}_{data.size}_{data.fingerprint}.pt")
     with torch.random.fork_rng():                              # the caller's random numbers are left alone
         torch.manual_seed(0)
@@ -253,10 +247,9 @@ def read_images(path):
     with reading(path), np.load(path, allow_pickle=False) as file:
         images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
         labels = torch.from_numpy(file["arr_1"]) if "arr_1" in file else None
-    if images.dtype != torch.uint8 or images.shape[1] not in (1, 3) or not len(images):
-        raise InputError(f"{path}: images must be called arr_0 and be uint8 (N, S, S, 3)")
-    if labels is not None and labels.shape != (len(images),):
-        raise InputError(f"{path}: {len(images)} images cannot have labels of shape {tuple(labels.shape)}")
+    good = images.dtype == torch.uint8 and images.shape[1] in (1, 3) and len(images)
+    if not good or (labels is not None and labels.shape != (len(images),)):
+        raise InputError(f"{path}: images must be arr_0, uint8 (N, S, S, 3), and their labels arr_1, (N,)")
     return images, labels
 
 
@@ -279,9 +272,7 @@ def open_inputs(args, run, device):
                              f"{name} has {data.channels} channels and {data.size} px")
     if args.features == "inception":
         return images, labels, data, test, InceptionFeatures(args.inception, device, data_dir)
-    if not data:
-        raise InputError("there is nothing to train the classifier on: add --data, or --features inception")
-    if labels is not None:
+    if data and labels is not None:
         low, high = int(labels.min()), int(labels.max())
         few = not run and os.path.isdir(path) and high < data.n_class - 1    # numbered among themselves
         if low < 0 or high >= data.n_class or few:
@@ -291,16 +282,16 @@ def open_inputs(args, run, device):
 
 def open_reference(path, data, network):
     """What to compare with, as reference_of says, and its name: others' statistics, or training images."""
-    if path:
-        with reading(path), np.load(path, allow_pickle=False) as file:
-            mu, sigma = (file[key].astype(np.float64) for key in ("mu", "sigma"))
-        if sigma.shape != (network.width, network.width):
-            raise InputError(f"{path} has statistics of another network than {network.name}")
-        return dict(mu=mu, sigma=sigma, features=None), path
-    if not data:
+    if not path and not data:
         raise InputError("there is nothing to compare with: add --data or --reference")
-    real = Pick(data, REFERENCE)
-    return reference_of(real, network), f"{len(real)} training images of {data.name}"
+    if not path:
+        real = Pick(data, REFERENCE)
+        return reference_of(real, network), f"{len(real)} training images of {data.name}"
+    with reading(path), np.load(path, allow_pickle=False) as file:
+        mu, sigma = (file[key].astype(np.float64) for key in ("mu", "sigma"))
+    if sigma.shape != (network.width, network.width):
+        raise InputError(f"{path} has statistics of another network than {network.name}")
+    return dict(mu=mu, sigma=sigma, features=None), path
 
 
 def evaluate(args):
@@ -317,8 +308,8 @@ def evaluate(args):
     if run:
         run.dtype = args.dtype or run.dtype
         key = digest(fingerprint(run.model), fingerprint(run.tokenizer), sampling, args.seed, run.dtype)
-        folder = args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt)
-        folder = os.path.join(folder, "evaluation", key)                     # new weights, new folder
+        home = args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt)
+        folder = os.path.join(home, "evaluation", key)                       # new weights, new folder
         images = sample_in_parts(run, labels, folder, args.seed, args.batch, **sampling)
         args.samples = os.path.join(folder, "samples.npz")
         protocol.update(step=run.step, seed=args.seed, **sampling)
@@ -326,18 +317,16 @@ def evaluate(args):
         return
     if run:
         save_npz(args.samples, images, labels)
-    rows = {"generated": score(images, labels, network, reference)}
+    titles = dict(n="images", frechet_distance=network.fd_name, inception_score="IS", precision="precision",
+                  recall="recall", accuracy="label right")
+    rows = {"": titles, "generated": score(images, labels, network, reference)}
     if test:
         real = Pick(test, len(images))                       # what perfect samples, as many, would score
         rows["real test images"] = score(real, real.labels, network, reference)
-    titles = dict(n="images", frechet_distance=network.fd_name, inception_score="IS", precision="precision",
-                  recall="recall", accuracy="label right")
-    print(" " * 17 + "".join(f"{title:>16}" for title in titles.values()))
     for name, row in rows.items():
-        cells = ("-" if row[key] is None else round(row[key], 3) for key in titles)
+        cells = (round(row[key], 3) if isinstance(row[key], float) else row[key] or "-" for key in titles)
         print(f"{name:17}" + "".join(f"{cell:>16}" for cell in cells))
-    protocol["samples"] = args.samples
-    print("\n" + "\n".join(f"{name}: {value}" for name, value in protocol.items()))
+    print(*(f"\n{name}: {value}" for name, value in dict(protocol, samples=args.samples).items()), sep="")
 
 
 def main(argv=None):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import bands as ladder
 import sample
 import train
-from bands import doubling_bands, every_band, fft_resample, lowpass, lowpass_matrices, ten_bands
+from bands import doubling_bands, every_band, lowpass, lowpass_matrices, ten_bands
 from common import InputError, OneLineParser
 from diffusion import SAMPLERS, Chain, DiffusionHead, alphas_cumprod, sampling_times
 from extras.published import load_published
@@ -82,13 +82,6 @@ def test_the_fft_lowpass_is_a_nested_projection_of_rank_k(size):
         assert torch.linalg.matrix_rank(P[i], tol=1e-4) == i
         for j in range(size + 1):
             assert torch.allclose(P[i] @ P[j], P[min(i, j)], atol=1e-5), (i, j)
-
-
-def test_the_fft_lowpass_agrees_with_scipy():
-    signal = pytest.importorskip("scipy.signal", reason="scipy is not installed")
-    for n, m in [(16, k) for k in range(1, 17)] + [(k, 16) for k in range(1, 17)]:
-        x = torch.randn(3, n)
-        assert np.allclose(fft_resample(x, m), signal.resample(x.numpy(), m, axis=1), atol=1e-5)
 
 
 def test_the_named_ladders_increase_and_end_at_the_grid():
@@ -257,24 +250,8 @@ def test_the_learned_variance_stays_between_its_bounds_and_its_loss_does_not_mov
     assert (head.output.weight.grad[:4] == 0).all() and (head.output.weight.grad[4:] != 0).any()
 
 
-@pytest.mark.parametrize("predict", ["eps", "v"])
-def test_a_perfect_prediction_gives_back_the_clean_token(predict):
-    head = DiffusionHead(4, 8, 16, 1, predict=predict)
-    x0, noise, t = torch.randn(50, 4), torch.randn(50, 4), torch.arange(0, 900, 18)
-    alpha, sigma = head.chain().at(t, "alpha", "sigma")
-    perfect = noise if predict == "eps" else alpha * noise - sigma * x0
-    assert torch.allclose(head.to_x0(perfect, alpha * x0 + sigma * noise, alpha, sigma), x0, atol=1e-3)
-
-
 def plain_draw(kind, *shape):
     return kind(*shape)
-
-
-def test_training_times_of_a_higher_mean_have_more_noise():
-    head = DiffusionHead(1, 2, 8, 1)
-    middle, late = (head.draw_times("logit-normal", plain_draw, 4000, mean=m).float() for m in (0.0, 1.0))
-    assert 480 < middle.mean() < 520 and 670 < late.mean() < 730
-    assert 0 <= late.min() and late.max() <= 999
 
 
 @pytest.mark.parametrize("n_head,least,most", [(0, 0.3, 0.7), (2, 0.95, 1.0)])
@@ -375,22 +352,6 @@ def test_every_parameter_that_is_used_gets_a_gradient(layout, mask):
     without = [name for name, p in model.named_parameters()
                if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert not without
-
-
-@each_layout
-def test_a_handful_of_latents_is_learned(layout):
-    torch.manual_seed(0)
-    quiet = dict(SMALL, depth=1, input_noise=0.0, label_drop=0.0)
-    model = FAR(make_config("far_nano", layout, 4, 4, 4, **quiet))
-    x, labels = torch.randn(4, 4, 4, 4).repeat(4, 1, 1, 1), torch.arange(4).repeat(4)
-    optimizer, history = torch.optim.AdamW(model.parameters(), 5e-3), []
-    for step in range(100):
-        loss, errors = model(x, Randomness(0, step), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        history.append(errors.nanmean().item())
-    assert np.mean(history[-20:]) < 0.5 * np.mean(history[:5])
 
 
 @each_layout
@@ -557,15 +518,14 @@ def test_every_size_comes_in_every_layout_and_the_paper_s_sizes_default_to_the_p
             assert cfg.layout == layout and LAYOUTS[layout].items() <= vars(cfg).items()
             assert cfg.bands == (doubling_bands(16) if layout == "band" else every_band(16))
             assert cfg.head_attention == 0 or layout == "band", name
-    default = {name: make_config(name, None, 16, 4, 10) for name in PRESETS}
-    papers = {"far_b", "far_l", "far_h", "far_t2i"}
-    assert all(cfg.layout == ("paper" if name in papers else "band") for name, cfg in default.items())
-    paper, ours = sampling_defaults(default["far_b"]), sampling_defaults(default["far_tiny"])
-    released = sampling_defaults(make_config("far_b", "released", 16, 16, 1000))
-    assert paper == dict(paper, sampler="ddpm", steps=(40, 100), hold=5.0, bands=ten_bands(16))
-    assert released == dict(released, sampler="ddpm", steps=(100, 100), cfg=3.0, cool=True)
-    assert ours == dict(ours, sampler="dpmpp", bands=doubling_bands(16))
-    assert "hold" not in released and "hold" not in ours
+        papers = name in ("far_b", "far_l", "far_h", "far_t2i")
+        assert make_config(name, None, 16, 4, 10).layout == ("paper" if papers else "band")
+    defaults = {layout: sampling_defaults(make_config("far_b", layout, 16, 4, 10)) for layout in LAYOUTS}
+    paper = dict(sampler="ddpm", steps=(40, 100), hold=5.0, bands=ten_bands(16))
+    assert paper.items() <= defaults["paper"].items()
+    assert dict(sampler="ddpm", steps=(100, 100), cfg=3.0, cool=True).items() <= defaults["released"].items()
+    assert dict(sampler="dpmpp", bands=doubling_bands(16)).items() <= defaults["band"].items()
+    assert "hold" not in defaults["released"] and "hold" not in defaults["band"]
     assert sampling_defaults(make_config("far_b", None, 16, 4, 10, label_drop=0.0))["cfg"] == 1
 
 

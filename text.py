@@ -1,9 +1,6 @@
 """
 Text for FAR: captions become a sequence of vectors that every block looks at by cross-attention.
 
-    python train.py --text                     # bytes: a small encoder, trained together with FAR
-    python train.py --text Qwen/Qwen2-1.5B     # a frozen Qwen2, by name or folder: pip install transformers
-
 Shapes: B captions, M tokens of the longest of them, E width of a text vector. A text is (tokens or vectors,
 visible): visible (B, M) bool is False on the padding, which stands on the right and is never looked at.
 """

@@ -1,18 +1,16 @@
 """
 The tokenizer, a continuous KL autoencoder: an image becomes a small grid of continuous tokens, and back.
 
-    python tokenizer.py --data fashion_mnist        # train one, print its PSNR on held-out images
-    python train.py ...                             # trains a missing tokenizer by itself
-
 The network is latent diffusion's AutoencoderKL (Rombach et al. 2022, appendix G); the published KL-16,
-kl16.ckpt, loads into it. Small ones, minutes on a CPU, fold a token's pixels into channels: one level.
+kl16.ckpt, loads into it. Small ones, which train.py trains where there is none, fold a token's pixels into
+channels: one level.
 Shapes: B images, S side of the image, c image channels, C latent channels, H = S / stride side of the grid.
 """
 import functools
 import hashlib
 import math
 import os
-import time
+import timeit
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
 
@@ -21,10 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (InputError, OneLineParser, autocast, command_line, digest, epochs, faster_dtype,
-                    load_checkpoint, make_parts, only_one, pick_device, positive, prefetch, reading,
-                    seed_number, step_generator, write_atomically)
-from data import load_data
+from common import (InputError, autocast, digest, epochs, load_checkpoint, make_parts, only_one, prefetch,
+                    reading, step_generator, write_atomically)
 
 
 @dataclass
@@ -191,11 +187,9 @@ def reconstruct(tokenizer, images):
 
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB of uint8 images a and b, (B, c, S, S) each, all of them at once."""
-    errors = [(x.float() - y.float()).square().mean() for x, y in zip(a, b)]
+    errors = [F.mse_loss(x.float(), y.float()) for x, y in zip(a, b)]
     return 10 * math.log10(255 ** 2 / max(torch.stack(errors).mean().item(), 1e-10))
 
-
-# ---- files
 
 def save_tokenizer(path, tokenizer):
     """Write a finished tokenizer where `load_tokenizer` reads it."""
@@ -240,28 +234,21 @@ def fingerprint(module):
 
 # ---- training
 
-KL_WEIGHT = 1e-2
-
-
 def autoencoder_loss(tokenizer, image, noise):
     """
-    Mean absolute error, plus that of the local contrast, plus KL_WEIGHT times the latent's KL divergence from
-    a unit Gaussian, per pixel (Rombach et al. 2022, eq. 25; the contrast stands for its adversarial term).
+    Mean absolute error of pixels and of their local contrast, and the KL divergence of latents from a unit
+    Gaussian (Rombach et al. 2022, eq. 25; the contrast stands for its adversarial term, or detail blurs).
     image (B, c, S, S), noise (B, C, H, H) -> loss, error, KL per latent number.
     """
     mean, logvar = (part.float() for part in tokenizer.encode(image))
     made = tokenizer.decode(mean + (0.5 * logvar).exp() * noise).float()
     error = (made - image).abs().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
-    loss = error + KL_WEIGHT * kl.sum() / image.numel()
-    for a, b in zip(local_contrast(made), local_contrast(image)):         # an error alone blurs what is fine
+    loss = error + 1e-2 * kl.sum() / image.numel()
+    for axis in (2, 3):           # how much neighbouring pixels differ in windows of 4 x 4, down and across
+        a, b = ((F.avg_pool2d(x.diff(dim=axis).square(), 4, 2) + 1e-3).sqrt() for x in (made, image))
         loss = loss + (a - b).abs().mean()
     return loss, error, kl.mean()
-
-
-def local_contrast(x):
-    """Root mean square of the differences of neighbouring pixels in windows of 4 x 4, down and across."""
-    return [(F.avg_pool2d(x.diff(dim=axis).square(), 4, 2) + 1e-3).sqrt() for axis in (2, 3)]
 
 
 @torch.no_grad()
@@ -276,18 +263,14 @@ def start_from_patches(tokenizer, images):
     mean, vectors = mean.to(into.weight), vectors[:, -n:].to(into.weight)             # float32, on the device
     into.weight[:n, :, 0, 0], into.bias[:n] = vectors.T / scale, -(vectors.T @ mean) / scale
     out.weight[:, :n, 0, 0], out.bias[:] = vectors * scale, mean
-    for layer in (tokenizer.encoder.conv_out, tokenizer.decoder.conv_out):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    for p in (*tokenizer.encoder.conv_out.parameters(), *tokenizer.decoder.conv_out.parameters()):
+        p.zero_()
     tokenizer.quant_conv.bias[:] = 0
     tokenizer.quant_conv.bias[C:] = -4                           # log-variance: little noise at first
 
 
 def train_step(tokenizer, optimizer, images, flip, step, steps, seed, dtype):
-    """
-    One step on images uint8 (B, c, S, S), half of them mirrored with `flip`. It never waits for the device,
-    where its result is, (3,): error, KL per latent number, norm of the gradient.
-    """
+    """A step on uint8 images (B, c, S, S), never waiting for the device -> error, KL, gradient norm, (3,)."""
     cfg, device, n = tokenizer.cfg, images.device, len(images)
     draw = dict(generator=step_generator(seed, step, device), device=device)
     # warm-up over 100 steps, half of a short run, then a cosine to zero: a run of any length is finished
@@ -311,10 +294,8 @@ def time_step(cfg, device, dtype):
     tokenizer = AutoencoderKL(cfg).to(device)
     optimizer = torch.optim.AdamW(tokenizer.parameters())
     images = torch.zeros(cfg.batch, cfg.image_channels, cfg.image_size, cfg.image_size, device=device)
-    for _ in range(2):
-        began = time.time()
-        train_step(tokenizer, optimizer, images, False, 0, 1, 0, dtype).tolist()
-    return time.time() - began
+    step = lambda: train_step(tokenizer, optimizer, images, False, 0, 1, 0, dtype).tolist()
+    return timeit.repeat(step, number=1, repeat=2)[1]
 
 
 def train_tokenizer(data, cfg, path, steps, seed=0, device="cpu", dtype="fp32"):
@@ -353,9 +334,9 @@ def tokenizer_path(data_dir, data, cfg, steps):
     return os.path.join(data_dir, f"tokenizer_{data.name}_{data.size}_{key}.pt")
 
 
-def get_tokenizer(data, held_out, cfg, data_dir, steps, seed=0, device="cpu", dtype="fp32", path=None):
+def get_tokenizer(data, held_out, cfg, data_dir, steps, seed=0, device="cpu", dtype="fp32"):
     """The tokenizer in eval mode; if there is none, one process trains it, prints its PSNR, others wait."""
-    path = path or tokenizer_path(data_dir, data, cfg, steps)
+    path = tokenizer_path(data_dir, data, cfg, steps)
     with only_one(path):
         if not os.path.exists(path):
             tokenizer = train_tokenizer(data, cfg, path, steps, seed, device, dtype)
@@ -367,10 +348,7 @@ def get_tokenizer(data, held_out, cfg, data_dir, steps, seed=0, device="cpu", dt
 
 @torch.inference_mode()
 def cache_latents(tokenizer, data, folder, device="cpu"):
-    """
-    The data set encoded once in float32: Parts (N, views, 2, C, H, H) float16 of means and log-variances; two
-    views where a mirrored image (the second) is as good. Memory does not grow with N.
-    """
+    """Parts (N, views, 2, C, H, H) float16, made once: mean and log-variance; view 1: of mirrored images."""
     def encode(rows):
         images = to_unit(data.batch(torch.arange(rows.start, rows.stop)).to(device))      # (B, c, S, S)
         views = [images, images.flip(-1)] if data.flip else [images]
@@ -386,28 +364,3 @@ def cache_latents(tokenizer, data, folder, device="cpu"):
         parts = make_parts(path, len(data), encode, "latents", batch=batch)
     torch.set_float32_matmul_precision(precision)
     return parts
-
-
-def main(argv=None):
-    parser = OneLineParser(prog="tokenizer.py", description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--data", default="shapes", help="shapes, fashion_mnist, cifar10, imagenet64, or a folder of images")
-    add("--size", type=positive, help="side of the images in pixels; by default the data's own")
-    add("--data-dir", default="data", help="where data sets and tokenizers are kept")
-    add("--steps", type=positive, help="optimizer steps; the schedule scales with them")
-    add("--seed", type=seed_number, default=0, help="of weights, order and noise")
-    add("--device", help="cuda, mps or cpu; by default the best there is")
-    add("--out", help="the file to write; by default where train.py looks for it, in the data folder")
-    args = parser.parse_args(argv)
-    device = pick_device(args.device)
-    data, held_out = (load_data(args.data, args.size, args.data_dir, split) for split in ("train", "test"))
-    cfg = default_config(data.size, data.channels)
-    steps = args.steps or cfg.steps
-    path = args.out or tokenizer_path(args.data_dir, data, cfg, steps)
-    if os.path.exists(path):
-        raise InputError(f"{path} is there already: remove it, or choose another --out")
-    get_tokenizer(data, held_out, cfg, args.data_dir, steps, args.seed, device, faster_dtype(device), path)
-
-
-if __name__ == "__main__":
-    command_line(main)

@@ -83,6 +83,8 @@ def run_rows(jobs):
     with (open(os.path.join(folder, "log.txt"), "a", encoding="utf-8") as file,
           contextlib.redirect_stdout(file), contextlib.redirect_stderr(file)):
         train.main(jobs[0]["command"])
+    with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
+        rate = np.median([json.loads(line)["images_per_s"] for line in file])
     run = load_run(folder)
     if run.step < args.steps:
         raise KeyboardInterrupt                                          # the training was told to stop
@@ -94,7 +96,7 @@ def run_rows(jobs):
         images = generate(run, shown, job["seed"], batch=250, **sampling)
         seconds = 1000 * (time.perf_counter() - began) / args.n
         scores = score(images, shown, network, reference)
-        done.append((job["key"], dict(scores, sampling_seconds=seconds)))
+        done.append((job["key"], dict(scores, training_rate=rate, sampling_seconds=seconds)))
     return done
 
 
@@ -123,10 +125,10 @@ def run_all(args, jobs):
 def write_table(title, rows):
     """A table as lines of Markdown. rows: list of (row name, scores of its seeds)."""
     lines = [f"| {title} | FD (classifier) | spread | against the first | recall | label right "
-             "| s / 1,000 images |", "|---" * 7 + "|"]
-    keys = "frechet_distance", "recall", "accuracy", "sampling_seconds"
+             "| images/s, training | s / 1,000 images |", "|---" * 8 + "|"]
+    keys = "frechet_distance", "recall", "accuracy", "training_rate", "sampling_seconds"
     scores = np.array([[[seed[key] for seed in found] for key in keys] for _, found in rows])
-    means, spreads = scores.mean(axis=2), np.ptp(scores[:, 0], axis=1)                  # (rows, 4), (rows,)
+    means, spreads = scores.mean(axis=2), np.ptp(scores[:, 0], axis=1)                  # (rows, 5), (rows,)
     for (name, found), mean, spread in zip(rows, means, spreads):
         verdict = "better" if mean[0] < means[0, 0] else "worse"
         if abs(mean[0] - means[0, 0]) <= max(spread, spreads[0]):
@@ -134,7 +136,7 @@ def write_table(title, rows):
         if found is rows[0][1] or len(found) == 1:
             verdict = "-"
         lines.append(f"| {name} | {mean[0]:.2f} | {spread:.2f} | {verdict} | {mean[1]:.3f} | {mean[2]:.3f} "
-                     f"| {mean[3]:.1f} |")
+                     f"| {mean[3]:.0f} | {mean[4]:.1f} |")
     return lines
 
 

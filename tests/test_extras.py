@@ -96,7 +96,7 @@ def test_every_row_is_a_model_that_trains_and_samples_as_the_row_says(table):
 
 
 def test_a_difference_counts_only_beyond_the_spread_of_the_seeds():
-    rest = dict(recall=0.5, accuracy=0.9, sampling_seconds=2.0)
+    rest = dict(recall=0.5, accuracy=0.9, training_rate=300.0, sampling_seconds=2.0)
     rows = [(name, [dict(rest, frechet_distance=fd) for fd in pair]) for name, *pair in (
         ("first", 5, 6), ("near", 6, 6.2), ("far", 9, 9), ("low", 2, 3))]
     cells = [[cell.strip() for cell in line.split("|")] for line in ablate.write_table("what", rows)[2:]]

@@ -1,102 +1,65 @@
 """Text to image: the condition, both encoders (Qwen2's needs transformers), cached vectors, whole runs."""
-import os
 import shutil
+import string
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from PIL import Image
 
 import sample
 import text
 import train
-from blocks import CrossAttention
-from common import InputError, load_checkpoint
-from far import FAR, Randomness, make_config
+from common import InputError
+from data import Images
+from far import Randomness
+from test_far import each_layout, small
+from test_runs import press_ctrl_c_before, same_weights
 from text import MOST_WORDS, byte_tokens
 
 CAPTIONS = ["a red circle", "two small yellow stars on a grey background", "a blue star above a green square"]
-KINDS = pytest.mark.parametrize("kind", ["vectors", "bytes"])
-LAYOUTS = pytest.mark.parametrize("layout", ["band", "paper", "released"])
+each_encoder = pytest.mark.parametrize("blocks, given", [         # frozen vectors, or the byte encoder inside
+    (0, text.pad([torch.eye(3, 16), torch.eye(7, 16)])), (2, byte_tokens(CAPTIONS[:2]))])
 
 
-def text_model(kind, layout="band", size=8, **changes):
-    """A small model with random weights, on frozen vectors or with the byte encoder inside."""
-    torch.manual_seed(0)
-    small = dict(width=32, depth=2, n_head=4, n_cond=2, head_width=32, head_depth=2, text_dim=16)
-    blocks = 2 if kind == "bytes" else 0
-    model = FAR(make_config("far_nano", layout, size, 4, 10, byte_depth=blocks, **small, **changes))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    return model.eval()
+@each_encoder
+@each_layout
+def test_neither_padding_nor_the_other_texts_change_an_image_but_its_own_does(layout, blocks, given):
+    model, x, (words, visible) = small(layout, text_dim=16, byte_depth=blocks), torch.randn(2, 4, 8, 8), given
+    padded = (9 * torch.randn(2, words.shape[1] + 4, words.shape[2])).abs().to(words.dtype)     # with rubbish
+    places, length = torch.nn.functional.pad(visible, (0, 4)), visible[0].sum()
+    padded[places] = words[visible]
+    loss, padded_loss = (model(x, Randomness(0, 0), text=t)[0] for t in (given, (padded, places)))
+    draw = lambda *pair: model.sample(text=pair, steps=(2, 2), cfg=2.0)[-1]
+    images, alone = draw(words, visible), draw(words[:1, :length], visible[:1, :length])
+    differ = lambda one, other: (one - other).norm() / one.norm()            # nothing holds the paper's chain
+    assert torch.allclose(loss, padded_loss, atol=1e-5) and differ(images, draw(padded, places)) < 1e-5
+    assert differ(images[:1], alone) < 1e-5 and differ(images, draw(words.flip(0), visible.flip(0))) > 1e-3
 
 
-def some_text(kind):
-    """Text of two captions for `text_model`, with padding."""
-    if kind == "bytes":
-        return byte_tokens(CAPTIONS[:2])
-    visible = torch.arange(7) < torch.tensor([[3], [7]])
-    return torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0)) * visible[..., None], visible
-
-
-def draw(model, given, **more):
-    return model.sample(text=given, **{**dict(steps=(2, 2), cfg=2.0), **more})[-1]
-
-
-@KINDS
-@LAYOUTS
-def test_padding_never_changes_the_result(kind, layout):
-    model, x, (vectors, visible) = text_model(kind, layout), torch.randn(2, 4, 8, 8), some_text(kind)
-    rubbish = (9 * torch.randn(vectors.shape)).abs().to(vectors.dtype)       # as padding, and four more of it
-    longer = torch.where(visible[..., None], vectors, rubbish)
-    longer = torch.cat([longer, rubbish[:, :1].expand(-1, 4, -1)], dim=1), F.pad(visible, (0, 4))
-    texts = (vectors, visible), longer, (vectors.flip(0), visible.flip(0))
-    assert torch.allclose(*(model(x, Randomness(0, 0), text=t)[0] for t in texts[:2]), atol=1e-5)
-    one, two, other = (draw(model, t) for t in texts)
-    # random weights blow the paper's chain up to 1e4, so images are compared relative to their size
-    assert (one - two).norm() < 2e-5 * one.norm()
-    assert (one - other).norm() > 2e-4 * other.norm(), "the text has no influence"
-
-
-@KINDS
-def test_the_text_is_encoded_once_per_image_and_not_once_per_band(kind):
-    model, calls = text_model(kind), []
-    layers = [module for module in model.modules() if isinstance(module, CrossAttention)]
-    for layer in layers:
-        layer.kv.register_forward_hook(lambda *_: calls.append("kv"))
-    if kind == "bytes":
-        model.text_encoder.register_forward_hook(lambda *_: calls.append("text"))
-    assert len(model.sample(text=some_text(kind), steps=(2, 2))) == 4 and len(layers) == 2 * model.cfg.depth
-    assert calls.count("kv") == len(layers) and calls.count("text") == (kind == "bytes")
-
-
-@KINDS
-def test_bands_one_by_one_equal_all_at_once_and_the_null_text_does_not_depend_on_the_text(kind):
-    model, drop, given = text_model(kind), torch.ones(2, dtype=torch.bool), some_text(kind)
-    ks = model.cfg.bands
+@each_encoder
+def test_a_text_is_encoded_once_for_all_bands_and_the_null_text_does_not_depend_on_it(blocks, given):
+    model, calls = small(text_dim=16, byte_depth=blocks), []
+    ks, condition, cache = model.cfg.bands, model.condition(text=given), {}
     inputs = [torch.randn(2, 4, k, k) for k in ks]
-    condition, cache = model.condition(text=given), {}
     one_by_one = [model.transformer([x], [k], condition, cache=cache) for x, k in zip(inputs, ks)]
-    assert torch.allclose(torch.cat(one_by_one, dim=1), model.transformer(inputs, ks, condition), atol=1e-5)
-    z = [model.transformer(inputs, ks, model.condition(text=t, drop=drop))
-         for t in (given, tuple(part.flip(0) for part in given))]
-    assert torch.allclose(*z, atol=1e-6)
-    assert not torch.allclose(draw(model, given, cfg=1.0), draw(model, given, cfg=3.0), atol=1e-4)
+    together = model.transformer(inputs, ks, condition)
+    assert torch.allclose(torch.cat(one_by_one, dim=1), together, atol=1e-4)
+    drop, other = torch.ones(2, dtype=torch.bool), tuple(part.flip(0) for part in given)
+    null, same = (model.transformer(inputs, ks, model.condition(text=t, drop=drop)) for t in (given, other))
+    assert torch.allclose(null, same, atol=1e-4) and not torch.allclose(null, together, atol=1e-2)
+    once = [layer for name, layer in model.named_modules() if name.endswith((".kv", "text_encoder"))]
+    for layer in once:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    model.sample(text=given, steps=(2, 2))
+    assert len(calls) == len(once) == 2 * model.cfg.depth + bool(blocks)
 
 
-def test_an_image_does_not_depend_on_the_other_prompts_of_its_batch():
-    model = text_model("bytes")
-    together = draw(model, byte_tokens(CAPTIONS))
-    for i, one in enumerate(CAPTIONS):
-        assert torch.allclose(together[i:i + 1], draw(model, byte_tokens([one]), first=i), atol=1e-4)
-
-
-@LAYOUTS
+@each_layout
 def test_the_byte_encoder_is_trained_with_the_model(layout):
-    model = text_model("bytes", layout, size=4, label_drop=0.5).train()
+    model = small(layout, 4, text_dim=16, byte_depth=2, label_drop=0.5).train()
     for step in range(4):                       # the paper's layout trains one level per step
         model(torch.randn(12, 4, 4, 4), Randomness(0, step), text=byte_tokens(CAPTIONS * 4))[0].backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
@@ -105,164 +68,103 @@ def test_the_byte_encoder_is_trained_with_the_model(layout):
 def test_words_are_tokens_of_their_bytes_and_a_long_caption_is_cut_with_one_warning(capsys):
     tokens, visible = byte_tokens(["A red  star!", "größer", "", "a" * 30])
     read = [[bytes(word[word > 0].tolist()) for word in row[seen]] for row, seen in zip(tokens, visible)]
-    assert read[:3] == [[b"a", b"red", b"star", b"!", b""], ["größer".encode(), b""], [b""]]
-    assert read[3] == [b"a" * 12, b"a" * 12, b"a" * 6, b""]
-    long = " ".join(f"w{i}" for i in range(MOST_WORDS + 5))
-    assert int(byte_tokens([long])[1].sum()) == MOST_WORDS + 1
-    byte_tokens([long])
+    assert read == [[b"a", b"red", b"star", b"!", b""], ["größer".encode(), b""], [b""],
+                    [b"a" * 12, b"a" * 12, b"a" * 6, b""]]
+    long = [" ".join(f"w{i}" for i in range(MOST_WORDS + 5))]
+    assert byte_tokens(long)[1].sum() == byte_tokens(long)[1].sum() == MOST_WORDS + 1
     said = capsys.readouterr().err
     assert "after 64 words" in said and said.count("w63") == 1 and "w64" not in said
 
 
+def test_one_of_several_captions_is_drawn_and_vectors_are_cached_once_and_equal_the_direct_ones(tmp_path):
+    calls, captions = [], [f"{CAPTIONS[i % 3]} {i}" for i in range(11)]
+    captions[7] = captions[7], "picture 7"
+
+    def encode(captions):
+        calls.append(len(captions))
+        return text.pad([torch.tensor([[float(ord(letter))] for letter in one]) for one in captions])
+
+    encoder = SimpleNamespace(fingerprint="x", encode=encode, token_ids=lambda found: [*map(list, found)])
+    data = Images(np.zeros((11, 3, 4, 4)), "some", 4, False, [0] * 11, ["all"], "", captions)
+    cache = partial(text.CachedText, encoder, data, str(tmp_path), size=4, batch=3)
+    cached = cache()
+    assert calls == [3, 1] * 3, "12 captions of 11 images, in files of 4"
+    cache()
+    assert len(calls) == 6, "it was not cached"
+    for source, direct in ((cached, encode), (text.text_source(None, data, ""), byte_tokens)):
+        wanted = direct(["picture 7", captions[0], captions[7][0]])
+        for found, part in zip(source([7, 0, 7], [0.7, 0.9, 0.4]), wanted):
+            assert torch.equal(found.float(), part.float())
+    captions[10] = "another"
+    cache()
+    assert len(calls) == 13, "a changed caption was not noticed"
+
+
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
-    """A folder with a tiny Qwen2 of random weights and its tokenizer, as save_pretrained writes them."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    folder = str(tmp_path_factory.mktemp("qwen"))
-    characters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"]
-    plain = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[]))
-    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    plain.decoder = decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<|endoftext|>")
-    tokenizer.save_pretrained(folder)
+    """A folder with a tiny Qwen2 of random weights, whose tokens are characters."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models
+    folder, vocabulary = str(tmp_path_factory.mktemp("qwen")), [*string.printable, "<end>"]
+    characters = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(vocabulary)}, merges=[]))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="<end>")
     torch.manual_seed(0)
-    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2)).save_pretrained(folder)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=101, hidden_size=64, intermediate_size=64, num_hidden_layers=2))
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder
 
 
 def test_vectors_are_the_last_hidden_state_and_a_long_prompt_is_cut_with_a_warning(qwen, monkeypatch, capsys):
     from transformers import AutoTokenizer, Qwen2ForCausalLM
-    encoder = text.load_encoder(qwen, "cpu", "fp32")
+    encoder, half = (text.load_encoder(qwen, "cpu", dtype) for dtype in ("fp32", "bf16"))
     vectors, visible = encoder.encode(CAPTIONS)
-    assert vectors.shape == (3, max(map(len, CAPTIONS)), encoder.width) and (vectors[~visible] == 0).all()
     model, tokenizer = Qwen2ForCausalLM.from_pretrained(qwen).eval(), AutoTokenizer.from_pretrained(qwen)
     for row, seen, one in zip(vectors, visible, CAPTIONS):
         hidden = model(**tokenizer(one, return_tensors="pt"), output_hidden_states=True).hidden_states
-        assert torch.allclose(row[seen], hidden[-1][0], atol=1e-5)
-    half = text.load_encoder(qwen, "cpu", "bf16")
+        assert torch.allclose(row[seen], hidden[-1][0], atol=1e-5) and not row[~seen].any()
     assert half.fingerprint != encoder.fingerprint
     assert 0 < (half.encode(CAPTIONS)[0] - vectors).abs().max() < 0.1
     monkeypatch.setattr(text, "MOST_TOKENS", 10)
     assert encoder.encode(["abcdefghijklmnop", "abc", ""])[1].sum(dim=1).tolist() == [10, 3, 1]   # 1: the end
-    said = capsys.readouterr().err
-    assert "after 10 tokens" in said and 'at "... fghij"' in said
+    assert 'after10tokens,at"...fghij"' in capsys.readouterr().err.replace(" ", "")
 
 
-def test_what_cannot_be_loaded_is_one_line_that_says_what_to_do(qwen, tmp_path, monkeypatch):
+def test_another_model_and_missing_transformers_are_one_line_that_says_so(qwen, tmp_path, monkeypatch):
     from transformers import GPT2Config, GPT2Model
-    with pytest.raises(InputError, match="could not be loaded: .*pip install transformers"):
-        text.load_encoder(str(tmp_path))
     shutil.copytree(qwen, tmp_path / "gpt2")
-    GPT2Model(GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path / "gpt2")
+    GPT2Model(GPT2Config(vocab_size=101, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(InputError, match="is a gpt2 model, not one of Qwen2's"):
         text.load_encoder(str(tmp_path / "gpt2"))
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(InputError, match="pip install transformers"):
-        text.load_encoder("Qwen/Qwen2-1.5B")
+    with pytest.raises(InputError, match="could not be loaded: .*pip install transformers"):
+        text.load_encoder(qwen)
 
 
-class Captioned:
-    """A data set as far as text.py looks at it: some images have several captions."""
-    name = "some"
-
-    def __init__(self, captions):
-        self.captions = captions
-
-    def caption(self, i, u):
-        found = self.captions[i]
-        return found if isinstance(found, str) else found[int(u * len(found))]
-
-
-def test_one_of_several_captions_is_drawn():
-    source = text.text_source(None, Captioned(["a b c", ("d", "e f")]), "nowhere")
-    tokens, visible = source(torch.tensor([1, 0, 1]), torch.tensor([0.1, 0.9, 0.6]))
-    assert visible.sum(dim=1).tolist() == [2, 4, 3] and tokens.dtype == torch.uint8
-
-
-def test_vectors_are_cached_once_and_continue_where_they_were_interrupted(tmp_path):
-    calls, stop = [], []
-
-    def encode(captions):
-        if stop and len(calls) == 3:
-            raise KeyboardInterrupt
-        calls.append(len(captions))
-        return text.pad([torch.tensor([[float(ord(letter))] for letter in one]) for one in captions])
-
-    def cache(folder, captions):
-        calls.clear()
-        return text.CachedText(encoder, Captioned(captions), str(tmp_path / folder), size=4, batch=3)
-
-    encoder = SimpleNamespace(fingerprint="x", encode=encode, token_ids=lambda found: [*map(list, found)])
-    captions = [f"{CAPTIONS[i % 3]} {i}" for i in range(11)]
-    captions[7] = captions[7], "picture 7"
-    cached = cache("a", captions)
-    assert calls == [3, 1, 3, 1, 3, 1], "12 captions of 11 images, in files of 4"
-    vectors, seen = cached(torch.tensor([7, 0, 10]), torch.tensor([0.7, 0.1, 0.999]))
-    direct, visible = encode(["picture 7", captions[0], captions[10]])
-    assert torch.equal(vectors, direct.half()) and torch.equal(seen, visible)
-    stop.append(True)
-    with pytest.raises(KeyboardInterrupt):
-        cache("b", captions)
-    stop.clear()
-    again = cache("b", captions)
-    assert calls == [3, 1, 3, 1] and torch.equal(again([7], [0.7])[0], cached([7], [0.7])[0])
-    cache("b", captions)
-    assert not calls, "it was not cached"
-    cache("b", [*captions[:-1], "another"])
-    assert calls == [3, 1, 3, 1, 3, 1], "a changed caption was not noticed"
-
-
-@pytest.fixture(scope="module")
-def mini(tmp_path_factory):
-    """A folder of captioned pictures, and the flags that train the smallest text model on it."""
-    root = tmp_path_factory.mktemp("mini_text")
-    (root / "pictures").mkdir()
-    for i in range(24):
-        Image.new("RGB", (16, 16), (10 * i, 250 - 10 * i, 99)).save(root / "pictures" / f"{i}.png")
-        (root / "pictures" / f"{i}.txt").write_text(f"{CAPTIONS[i % 3]} {i}")
-    flags = "--size 16 --batch 8 --steps 4 --dtype fp32 --device cpu --set width=32 depth=1 tokenizer=3"
-    return root, ["--data", str(root / "pictures"), "--data-dir", str(root / "data"), *flags.split()]
-
-
-def test_a_run_with_the_byte_encoder_continues_bit_for_bit_and_draws_prompts(mini, monkeypatch):
-    whole, broken, calls, original = str(mini[0] / "run"), str(mini[0] / "broken"), [], train.train_step
-    train.main([*mini[1], "--text", "--out", whole])
-
-    def stop_later(*arguments):
-        calls.append(1)
-        if len(calls) == 4:                   # two of them are timed
-            os.kill(os.getpid(), 2)
-        return original(*arguments)
-
-    read = lambda folder: load_checkpoint(os.path.join(folder, "far.pt"))
+@pytest.mark.parametrize("encoder", ["bytes", "qwen"])
+def test_a_run_goes_on_bit_for_bit_draws_and_knows_its_encoder(encoder, tiny, tmp_path, request, monkeypatch):
+    shutil.copytree(tiny[0] / "pictures", tmp_path / "pictures")
+    for i, path in enumerate(tmp_path.glob("pictures/*/*.png")):
+        path.with_suffix(".txt").write_text(f"{CAPTIONS[i % 3]} {i}")
+    if encoder == "qwen":
+        encoder = shutil.copytree(request.getfixturevalue("qwen"), str(tmp_path / "qwen"))
+    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
+    files = ["--data", tmp_path / "pictures", "--data-dir", tmp_path / "data", "--model", "far_tiny_t2i"]
+    words = [*map(str, [*tiny[1], *files, "--steps", 4, "--text", encoder, "--out"])]
+    train.main([*words, whole])
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", stop_later)
-        train.main([*mini[1], "--text", "--out", broken])
-    assert read(broken)["step"] < 4
-    train.main([*mini[1], "--text", "--out", broken])
-    ours, unbroken = read(broken)["ema"], read(whole)["ema"]
-    assert any("text_encoder" in name for name in ours)
-    assert all(torch.equal(ours[name], unbroken[name]) for name in unbroken)
-    out = str(mini[0] / "drawn")
-    sample.main(["--ckpt", whole, "--steps", "2", "--out", out, "--npz", "--prompt", "a star", "two circles"])
-    images = np.load(f"{out}.npz")
-    assert images["arr_0"].shape[1:] == (16, 16, 3) and set(images["arr_1"].tolist()) == {0, 1}
-
-
-def test_a_run_with_qwen2_is_trained_sampled_and_knows_its_encoder(mini, qwen, tmp_path):
-    from transformers import Qwen2ForCausalLM
-    folder, out = str(tmp_path / "qwen"), str(tmp_path / "run")
-    shutil.copytree(qwen, folder)
-    train.main([*mini[1], "--text", folder, "--out", out])
-    assert any(name.startswith("text_") for name in os.listdir(mini[0] / "data"))
-    sample.main(["--ckpt", out, "--prompt", "a red star", "--steps", "2", "--out", str(tmp_path / "drawn")])
-    model = Qwen2ForCausalLM.from_pretrained(folder)
-    torch.nn.init.normal_(model.model.norm.weight)
-    model.save_pretrained(folder)
-    with pytest.raises(InputError, match="has changed"):
-        sample.main(["--ckpt", out, "--prompt", "a red star"])
-    with pytest.raises(InputError, match="other settings: text"):
-        train.main([*mini[1], "--text", folder, "--out", out])
+        press_ctrl_c_before(1, patch)
+        train.main([*words, broken])
+    train.main([*words, broken])
+    assert same_weights(broken, whole)
+    drawing = ["--ckpt", whole, "--steps", "2", "--npz", "--prompt", "a star", "two circles"]
+    sample.main(drawing)
+    assert np.load(f"{whole}/sample.npz")["arr_1"].tolist() == [0, 1] * 4
+    if encoder != "bytes":
+        changed = text.load_encoder(encoder).model
+        torch.nn.init.normal_(changed.norm.weight)
+        changed.save_pretrained(encoder)
+        for main, given, reason in ((sample.main, drawing, "changed"), (train.main, [*words, whole], "text")):
+            with pytest.raises(InputError, match=reason):
+                main(given)
