@@ -268,7 +268,7 @@ def make_parts(folder, n, make, desc, size=2048, batch=128, unit="img"):
             if hasattr(mmap, "MADV_RANDOM"):       # or each row read would bring its neighbours from the disk
                 arrays[-1]._mmap.madvise(mmap.MADV_RANDOM)
     if dist.is_initialized():
-        dist.barrier()                       # all have opened them: whoever wants to may remove the folder now
+        dist.barrier()                     # all have opened them: the folder may be removed now
     return Parts(arrays)
 
 

@@ -381,8 +381,9 @@ def configure(args, data, tokenizer_cfg, encoder, world):
 def announce(args, data, cfg, recipe, device):
     """What will be trained."""
     others = " or ".join(f"--layout {name}" for name in LAYOUTS if name != args.layout)
-    print(f"{args.model} in the {args.layout} layout (else: {others}), bands {','.join(map(str, cfg.bands))}, "
-          f"on {device}, {args.dtype}\n"
+    bands = ",".join(map(str, cfg.bands))
+    print(f"{args.model} in the {args.layout} layout (else: {others}), bands {bands}, on {device}, "
+          f"{args.dtype}\n"
           f"{data.name}: {len(data):,} images of {data.size} px, {data.n_class} classes, "
           f"{'mirrored half of the time' if data.flip else 'never mirrored'}\n"
           f"{recipe['steps']:,} steps of {recipe['effective']} images")
