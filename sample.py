@@ -230,7 +230,7 @@ def main(argv=None):
     if rank:
         return                                                   # the pictures are few: process 0 draws them
     columns = what[:COLUMNS]
-    few = min(n if len(what) <= COLUMNS else 4 * COLUMNS, 16 * len(columns))
+    few = min(n, 4 * COLUMNS if len(what) > COLUMNS else 16 * len(columns))
     print(f"{n} images: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
     if few < n:
         print(f"the picture shows {few} of them, of the first {len(columns)} of {len(what)}")
