@@ -199,6 +199,7 @@ def hold_lock(path, wait):
         pass                                                     # Windows has none: nothing is locked
     except BlockingIOError:
         if not wait:
+            file.close()
             return None
         if rank_and_world()[0] == 0:
             print(f"waiting for another process, which holds {path}", file=sys.stderr, flush=True)

@@ -308,8 +308,7 @@ def evaluate(args):
     if run:
         run.dtype = args.dtype or run.dtype
         key = digest(fingerprint(run.model), fingerprint(run.tokenizer), sampling, args.seed, run.dtype)
-        home = args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt)
-        folder = os.path.join(home, "evaluation", key)                       # new weights, new folder
+        folder = os.path.join(run.folder, "evaluation", key)                 # new weights, new folder
         images = sample_in_parts(run, labels, folder, args.seed, args.batch, **sampling)
         args.samples = os.path.join(folder, "samples.npz")
         protocol.update(step=run.step, seed=args.seed, **sampling)

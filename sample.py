@@ -38,7 +38,7 @@ def load_run(path, device="cpu", ema=True, build=FAR):
     """
     A trained run for sampling, from its folder or its far.pt with tokenizer.pt beside it; build(cfg) makes
     the model. -> model and tokenizer in eval mode, data (a dict, see train.about_data), encoder (see
-    text.py), step, device and dtype, as attributes. InputError.
+    text.py), step, device, dtype and its folder, as attributes. InputError.
     """
     path = os.path.join(path, "far.pt") if os.path.isdir(path) else path
     if not os.path.exists(path):
@@ -48,7 +48,8 @@ def load_run(path, device="cpu", ema=True, build=FAR):
         data, model = checkpoint["data"], build(FARConfig(**checkpoint["config"]))
         weights = checkpoint["ema" if ema or "model" not in checkpoint else "model"]
         model.load_state_dict({name: value.float() for name, value in weights.items()})
-    tokenizer = load_tokenizer(os.path.join(os.path.dirname(path), "tokenizer.pt"))
+    folder = os.path.dirname(path)
+    tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.pt"))
     ours, theirs = (cfg.latent_dim * cfg.latent_size ** 2 for cfg in (model.cfg, tokenizer.cfg))
     if ours != theirs:
         raise InputError(f"the tokenizer.pt beside {path} makes other latents than the model reads")
@@ -57,7 +58,8 @@ def load_run(path, device="cpu", ema=True, build=FAR):
         raise InputError(f"{data['text']} has changed: it is not the text model that {path} was trained with")
     model = model.eval().requires_grad_(False).to(device)
     return SimpleNamespace(model=model, tokenizer=tokenizer.to(device), data=data, encoder=encoder,
-                           step=checkpoint["step"], device=torch.device(device), dtype=checkpoint["dtype"])
+                           step=checkpoint["step"], device=torch.device(device), dtype=checkpoint["dtype"],
+                           folder=folder)
 
 
 @torch.inference_mode()
@@ -220,8 +222,7 @@ def main(argv=None):
     run = load_run(args.ckpt, device, not args.no_ema)
     run.dtype = args.dtype or run.dtype
     settings, what = sampling_settings(args, run.model.cfg), what_to_draw(args, run)
-    folder = args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt)
-    folder = "." if args.ckpt == PRETRAINED else folder
+    folder = "." if args.ckpt == PRETRAINED else run.folder
     out = (args.out or os.path.join(folder, "sample")).removesuffix(".png")
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     n = args.n or 4 * len(what)

@@ -110,12 +110,17 @@ def make_recipe(args, changes, cfg, n_images, world):
         counted = round(HOUR / (count_flops(cfg, 4) / 4 * recipe["batch"] * args.accum))
         recipe["steps"] = max(1, min(counted, 120_000))     # 30 ms a step: a small one waits for its launches
     recipe["warmup"] = math.ceil(recipe["warmup"] * recipe["steps"])
-    recipe["tokenizer"] = min(recipe["tokenizer"], max(10, 5 * recipe["steps"] // 4))
+    recipe["tokenizer"] = tokenizer_steps(recipe["tokenizer"], recipe["steps"])
     if recipe["lr_per"]:
         recipe["lr"] *= effective / recipe["lr_per"]
     if not (recipe["lr"] > 0 and recipe["clip"] > 0 and 0 <= recipe["ema"] < 1 and recipe["tokenizer"] > 0):
         raise InputError("--set: lr, clip and tokenizer must be above 0, ema from 0 to below 1")
     return recipe
+
+
+def tokenizer_steps(most, steps):
+    """Optimizer steps of the tokenizer of a run of `steps`: fewer than usual for a short one."""
+    return min(most, max(10, 5 * steps // 4))
 
 
 def count_flops(cfg, batch, build=FAR):

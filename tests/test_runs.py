@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import sample
 import train
@@ -208,6 +209,8 @@ def test_the_default_sampler_of_a_short_training_draws_pictures_and_no_noise(lay
     y, solved = draw(), draw(sampler="dpmpp", steps=(10, 10), cool=False)
     assert (y.abs() > 2 * x.abs().max()).float().mean() < 0.02 and y.abs().mean() < 1.5 * x.abs().mean()
     assert distance(y) < 1.3 * distance(solved)
+    if layout != "band":                                           # the noise that there is without `hold`
+        assert distance(draw(hold=None)) > 1000 * distance(y)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_fewer_images_are_the_first_ones(tiny_run, cli, tmp_path):
@@ -225,6 +228,16 @@ def test_the_same_seed_gives_the_same_bytes_and_fewer_images_are_the_first_ones(
     for change in (["--seed", 1], ["--no-ema"]):
         assert draw("other", "--n", 6, *change)[0] != first[0]
     assert draw("name", "--n", 2, "--classes", "red") == draw("number", "--n", 2, "--classes", "1")
+
+
+def test_more_classes_than_a_picture_shows_are_all_in_the_npz(tiny_run, cli, monkeypatch, tmp_path):
+    monkeypatch.setattr(sample, "COLUMNS", 1)
+    for n, shown in ((3, 3), (9, 4)):
+        flags = ["--ckpt", tiny_run, "--out", tmp_path / "all", "--steps", 1, "--npz", "--n", n]
+        code, said, _ = cli(sample.main, *flags)
+        assert code == 0 and ("the picture shows 4 of them" in said) == (n == 9)
+        assert np.load(tmp_path / "all.npz")["arr_1"].tolist() == [i % 2 for i in range(n)]
+        assert Image.open(tmp_path / "all.png").size == (2 * 16, 2 * (17 * shown - 1))
 
 
 def test_interrupted_sampling_goes_on(monkeypatch, tmp_path):
@@ -254,7 +267,8 @@ def test_interrupted_sampling_goes_on(monkeypatch, tmp_path):
     (train, f"--out {__file__}/run", "test_runs.py"), (train, "--text", "caption"),
     (train, "--model far_t2i", "--text"), (sample, "--sampler euler", "dpmpp"), (sample, "--cfg nan", "nan"),
     (sample, "--prompt cat", "--classes"), (sample, "--classes green", "green"),
-    (sample, "--steps 10,1001", "--steps"), (sample, f"--ckpt {__file__}", "not a checkpoint")])
+    (sample, "--steps 10,1001", "--steps"), (sample, "--ckpt nowhere", "no run"),
+    (sample, f"--ckpt {__file__}", "not a checkpoint")])
 def test_bad_input_is_one_line_and_exit_code_2(script, flags, words, tiny, tiny_run, cli, tmp_path):
     good = dict(train=[*tiny[1], "--out", tmp_path / "run"], sample=["--ckpt", tiny_run])[script.__name__]
     code, _, line = cli(script.main, *good, *flags.split())

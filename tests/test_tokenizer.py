@@ -76,10 +76,10 @@ def test_a_step_never_waits_for_the_device_and_a_training_ends_at_nothing(cfg):
     model, rates = AutoencoderKL(cfg).to("meta"), []     # whatever reads a value back raises on this device
     images = torch.zeros(2, 3, cfg.image_size, cfg.image_size, dtype=torch.uint8, device="meta")
     optimizer = torch.optim.AdamW(model.parameters())
-    for step in range(6):
-        assert tokenizer.train_step(model, optimizer, images, True, step, 6, 0, "fp32").is_meta
+    for step in range(10):
+        assert tokenizer.train_step(model, optimizer, images, True, step, 10, 0, "fp32").is_meta
         rates.append(optimizer.param_groups[0]["lr"])
-    assert rates.index(max(rates)) in (1, 2) and 0 < rates[-1] < 0.1 * max(rates)
+    assert 1 <= rates.index(max(rates)) < 5 and 0 < rates[-1] < 0.05 * max(rates)
 
 
 def test_a_training_is_a_function_of_the_seed_and_leaves_nothing_or_a_whole_file(tmp_path, monkeypatch):
@@ -106,9 +106,9 @@ def test_latents_are_cached_once_in_float32_and_continue_where_they_were_interru
     whole = cache_latents(model, data, str(tmp_path / "a"))
     assert torch.get_float32_matmul_precision() == "high", "TF32 is off in there alone"
     assert whole.shape == (24, 2, 2, 8, 4, 4) and whole[[0]].dtype == np.float16
-    images, rows = to_unit(data.batch([3, 20])), torch.from_numpy(whole[[3, 20]])
+    images, rows = to_unit(data.batch(range(4))), torch.from_numpy(whole[range(4)])      # one batch of both
     for view, shown in enumerate((images, images.flip(-1))):
-        assert torch.allclose(torch.stack(model.encode(shown), dim=1), rows[:, view].float(), atol=1e-3)
+        assert torch.equal(torch.stack(model.encode(shown), dim=1).half(), rows[:, view])
     encode = partial(cache_latents, model, data, str(tmp_path / "b"))
     data.batch.side_effect = [DEFAULT] * 3 + [KeyboardInterrupt]
     with pytest.raises(KeyboardInterrupt):
