@@ -22,12 +22,10 @@ import math
 import os
 from statistics import NormalDist
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from common import OneLineParser, autocast, command_line, reading, write_atomically
+from common import OneLineParser, autocast, command_line
 
 LOWPASSES = ("spatial", "fft")
 
@@ -168,33 +166,27 @@ def cooling(l, L):
 
 def draw_ladder(picture, bands):
     """
-    picture (1, 3, H, H) in [0, 1] -> uint8 (height, width, 3). Two rows for each kind of low-pass, a column
-    per band: the picture after the band, and, on grey, what the band adds to the one below.
+    The ladder of a picture (1, 3, H, H) in [-1, 1]: images (4 L, 3, H, H). Two rows for each kind of low-pass,
+    a column per band: the picture after the band, and, on grey, what the band adds to the one below.
     """
     rows = []
     for kind in LOWPASSES:
-        after = [lowpass(picture, k, kind)[0] for k in bands]                                 # (3, H, H) each
-        adds = [after[0]] + [0.5 + high - low for low, high in zip(after, after[1:])]
-        rows += [torch.cat(after, dim=2), torch.cat(adds, dim=2)]                           # (3, H, L H) each
-    sheet = torch.cat(rows, dim=1).permute(1, 2, 0)                                            # (4 H, L H, 3)
-    return (255 * sheet).round().clamp(0, 255).to(torch.uint8).numpy()
+        after = torch.cat([lowpass(picture, k, kind) for k in bands])                            # (L, 3, H, H)
+        rows += [after, torch.cat([after[:1], after.diff(dim=0)])]
+    return torch.cat(rows)
 
 
 def main(argv=None):
+    from data import load_image, save_grid
+    from tokenizer import to_uint8, to_unit
     parser = OneLineParser(prog="bands.py", description=__doc__,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", help="an image file; its centre is cut out, reduced to 128 x 128 pixels")
-    args = parser.parse_args(argv)
-    with reading(args.picture), Image.open(args.picture) as image:
-        image = image.convert("RGB")
-    side, size = min(image.size), 128
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
-    picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255                    # (1, 3, H, H)
-    bands, out = doubling_bands(size), f"{os.path.splitext(args.picture)[0]}_bands.png"
-    sheet = Image.fromarray(draw_ladder(picture, bands))
-    write_atomically(out, lambda file: sheet.save(file, "PNG"))
-    print(f"columns: k = {', '.join(map(str, bands))} of {size} frequencies per axis\n"
+    path = parser.parse_args(argv).picture
+    picture = to_unit(torch.from_numpy(load_image(path, size=128))[None])                     # (1, 3, 128, 128)
+    bands, out = doubling_bands(128), f"{os.path.splitext(path)[0]}_bands.png"
+    save_grid(out, to_uint8(draw_ladder(picture, bands)), len(bands), scale=1)
+    print(f"columns: k = {', '.join(map(str, bands))} of 128 frequencies per axis\n"
           f"rows: {' and '.join(LOWPASSES)}, each: the picture after every band, then what each band adds\n"
           f"written: {out}")
 
