@@ -2,7 +2,6 @@
 How good are the images? Frechet distance, Inception score, precision, recall, and how often the class is met.
 
     python evaluate.py --ckpt runs/fashion --n 5000                     sample, then score; run again to go on
-    torchrun --nproc_per_node 8 -- evaluate.py --ckpt runs/in64 ...     every process samples its share
     python evaluate.py --samples made.npz --data fashion_mnist          images made elsewhere (or a folder)
     python evaluate.py --ckpt runs/in64 --n 50000 --features inception  FID and IS; --reference: others' .npz
 
@@ -16,43 +15,34 @@ import sys
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (InputError, OneLineParser, command_line, digest, join_processes, load_checkpoint,
                     only_one, pick_device, positive, reading, save_checkpoint)
-from data import load_data, read_pictures, save_npz
+from data import load_data, read_pictures
 from sample import add_sampling_flags, load_run, sample_in_parts, sampling_settings
 from tokenizer import fingerprint
 
 # TensorFlow's Inception of 2015 as TorchScript, published with StyleGAN2-ADA. It takes RGB images of 0..255,
 # and resizes them to 299 px by itself, the way the first FID code did: do not resize them before.
-INCEPTION_URL = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
-                 "inception-2015-12-05.pt")
-INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-REFERENCE = 50000   # training images to compare with, at most
-MOST_PAIRS = 10000  # precision and recall compare all pairs: at most so many images of each set
+FID_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+FID_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
 
 # ---- the scores, plain functions of features
 
 def feature_statistics(features):
-    """Mean (F,) and covariance (F, F), float64, of features (N, F). Warns if N <= F; InputError if N < 2."""
+    """Mean (F,) and covariance (F, F), float64, of features (N, F), N > 1. Warns if N <= F."""
     n, width = features.shape
-    if n < 2:
-        raise InputError(f"a covariance needs at least 2 images, there are {n}")
     if n <= width:
-        print(f"WARNING: {n} images are too few for {width} features: the Frechet distance is far too large; "
-              f"take {10 * width} or more", file=sys.stderr)
+        print(f"WARNING: {n} images are too few, FD is too large: take {10 * width}", file=sys.stderr)
     mean = features.mean(0, dtype=np.float64)
     centred = features - mean                      # E[xx'] - mm' would cancel; 0.8 GB for 50,000 x 2048
     return mean, centred.T @ centred / (n - 1)
 
 
 def frechet_distance(mu_a, sigma_a, mu_b, sigma_b):
-    """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)), FID: Heusel et al. 2017, eq. 6. InputError on NaN."""
-    if not all(np.isfinite(x).all() for x in (mu_a, sigma_a, mu_b, sigma_b)):
-        raise InputError("the features contain NaN or infinite values: there is no Frechet distance")
+    """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)), FID: Heusel et al. 2017, eq. 6."""
     values, vectors = np.linalg.eigh(sigma_a)
     root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T                            # A^(1/2), (F, F)
     # A B has the eigenvalues of the symmetric A^(1/2) B A^(1/2): singular covariances do no harm
@@ -75,17 +65,14 @@ def inception_score(probabilities, splits=10):
 def precision_recall(real, fake, k=3):
     """
     Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2) of features (N, F), (M, F): the share of
-    fake images that are nearer to a real one than its k-th neighbour among these, and vice versa. InputError.
+    fake images that are nearer to a real one than its k-th neighbour beside itself, and vice versa. N, M > k.
     """
-    if min(len(real), len(fake)) <= k:
-        raise InputError(f"precision and recall with k={k} need at least {k + 1} images of each set")
     real, fake = (torch.from_numpy(np.asarray(x, np.float64)) for x in (real, fake))
     centre = real.mean(0)                                    # cdist's matrix product loses digits far from 0
     shares = []
     for points, others in ((fake - centre, real - centre), (real - centre, fake - centre)):
-        radius = torch.cat([torch.cdist(block, others).kthvalue(k + 1).values       # + 1: it finds itself too
-                            for block in others.split(1000)])
-        inside = [(torch.cdist(block, others) <= radius).any(1) for block in points.split(1000)]
+        radius = torch.cat([torch.cdist(part, others).kthvalue(k + 1).values for part in others.split(1000)])
+        inside = [(torch.cdist(part, others) <= radius).any(1) for part in points.split(1000)]
         shares.append(float(torch.cat(inside).double().mean()))
     return tuple(shares)
 
@@ -94,17 +81,14 @@ def precision_recall(real, fake, k=3):
 
 class Classifier(nn.Module):
     """Strided convolutions down to 4 x 4 pixels, a hidden layer of 128: the features, and the classes."""
-    fd_name, width = "FD (classifier)", 128
 
     def __init__(self, data):
         super().__init__()
-        self.name = f"classifier of {data.name} {data.fingerprint}"
         layers, n_in = [], data.channels
         for i in range(max(1, round(np.log2(data.size / 4)))):               # 3 layers for 32 px
-            n_out, kernel = min(32 * 2 ** i, 128), 5 if i == 0 else 3
-            convolution = nn.Conv2d(n_in, n_out, kernel, 2, kernel // 2, bias=False)
-            layers += [convolution, nn.BatchNorm2d(n_out), nn.ReLU()]
-            n_in = n_out
+            n, kernel = min(32 * 2 ** i, 128), 5 if i == 0 else 3
+            layers += [nn.Conv2d(n_in, n, kernel, 2, kernel // 2, bias=False), nn.BatchNorm2d(n), nn.ReLU()]
+            n_in = n
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(),
                                   nn.Linear(16 * n_in, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU())
         self.head = nn.Linear(128, data.n_class)
@@ -119,14 +103,12 @@ def classifier_features(data, device="cpu", data_dir="data"):
     if not data or data.n_class < 2:
         raise InputError("no classes to train the classifier on: add --data, or --features inception")
     path = os.path.join(data_dir, f"classifier_{data.name}_{data.size}_{data.fingerprint}.pt")
-    with torch.random.fork_rng():                              # the caller's random numbers are left alone
-        torch.manual_seed(0)
-        net = Classifier(data)
+    torch.manual_seed(0)
+    net = Classifier(data)
     with only_one(path):
         if not os.path.exists(path):
             save_checkpoint(path, dict(kind="classifier", state=train_classifier(net, data, device)))
-    with reading(path):
-        net.load_state_dict(load_checkpoint(path, kind="classifier")["state"])
+    net.load_state_dict(load_checkpoint(path, kind="classifier")["state"])
     return net.eval().to(device)
 
 
@@ -137,11 +119,11 @@ def train_classifier(net, data, device, steps=1500, batch=128):
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=6e-3, total_steps=steps, pct_start=0.2)
     for step in tqdm(range(steps), desc="training the classifier, once", disable=None, leave=False):
-        pick = torch.randint(len(data), (batch,), generator=rng)
-        images = torch.roll(data.batch(pick), torch.randint(-1, 2, (2,), generator=rng).tolist(), (2, 3))
+        rows = torch.randint(len(data), (batch,), generator=rng)
+        images = torch.roll(data.batch(rows), torch.randint(-1, 2, (2,), generator=rng).tolist(), (2, 3))
         if data.flip and step % 2:
             images = images.flip(3)
-        loss = F.cross_entropy(net(images)[1], data.labels[pick].to(device))
+        loss = nn.functional.cross_entropy(net(images)[1], data.labels[rows].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -150,87 +132,60 @@ def train_classifier(net, data, device, steps=1500, batch=128):
 
 
 class InceptionFeatures:
-    """The network of FID and IS: 2048 pool features, logits of 1008 classes. InputError on any other file."""
-    fd_name, name, width = "FID", "inception-2015-12-05", 2048
+    """The network of FID and IS: 2048 pool features, logits of 1008 classes; kept in data_dir. InputError."""
 
-    def __init__(self, path, device, data_dir="data"):
-        if not path:
-            path = os.path.join(data_dir, os.path.basename(INCEPTION_URL))
-            with only_one(path), reading(INCEPTION_URL):
-                if not os.path.exists(path):
-                    torch.hub.download_url_to_file(INCEPTION_URL, path, hash_prefix=INCEPTION_SHA256)
-        with reading(path):
-            if hashlib.sha256(np.memmap(path, mode="r")).hexdigest() != INCEPTION_SHA256:
-                raise InputError(f"{path} is not the network that FID is measured with, {INCEPTION_URL}")
-            self.net, self.device = torch.jit.load(path, map_location=device).eval(), device
-            self.last = self.net.output.weight.float()                                      # (K, F)
+    def __init__(self, device, data_dir="data"):
+        path = os.path.join(data_dir, os.path.basename(FID_URL))
+        with only_one(path), reading(f"{path}, from {FID_URL},"):
+            if not os.path.exists(path):
+                torch.hub.download_url_to_file(FID_URL, path)
+            if hashlib.sha256(np.memmap(path, mode="r")).hexdigest() != FID_SHA256:
+                raise ValueError("not the network that FID is measured with: remove it")
+            self.net = torch.jit.load(path, map_location=device).eval()
+            self.head = self.net.output
 
     def __call__(self, images):
-        images = images.expand(-1, 3, -1, -1).contiguous().to(self.device)                  # grey: R = G = B
+        weight = self.head.weight.float()          # no bias: the score's first code left it out, so do all
+        images = images.expand(-1, 3, -1, -1).contiguous().to(weight.device)                # grey: R = G = B
         features = self.net(images, return_features=True).float()
-        return features, features @ self.last.T    # no bias: the score's first code left it out, so do all
-
-
-# ---- images -> features -> scores
-
-class Pick:
-    """At most `n` images of a data set, chosen at random, read only when sliced; with their labels (N,)."""
-
-    def __init__(self, data, n):
-        self.data, self.indices = data, spread(np.arange(len(data)), n)
-        self.labels = np.asarray(data.labels)[self.indices]
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, part):
-        return self.data.batch(self.indices[part])           # uint8 (B, C, S, S)
+        return features, features @ weight.T
 
 
 def spread(rows, n):
     """At most n of the rows, chosen at random, always the same ones, in their order."""
-    if len(rows) <= n:
-        return rows
-    return rows[np.sort(np.random.default_rng(0).choice(len(rows), n, replace=False))]
+    return rows[np.sort(np.random.default_rng(0).choice(len(rows), min(n, len(rows)), replace=False))]
+
+
+def pick(data, n, batch=250):
+    """At most n images of a data set, chosen at random: batches, read when asked for, and labels (n,)."""
+    rows = spread(np.arange(len(data)), n)
+    return map(data.batch, np.split(rows, range(batch, len(rows), batch))), data.labels[rows]
 
 
 @torch.no_grad()
-def extract(network, images, batch=250):
-    """Features (N, F), probabilities (N, K), float32 arrays, of uint8 images (N, C, S, S): tensor or Pick."""
-    features, probabilities = [], []
-    for i in tqdm(range(0, len(images), batch), desc="features", disable=None, leave=False):
-        found, logits = network(images[i:i + batch])
-        features.append(found.cpu())
-        probabilities.append(logits.softmax(1).cpu())
-    return torch.cat(features).numpy(), torch.cat(probabilities).numpy()
+def extract(network, batches):
+    """Features (N, F), probabilities (N, K), float32 arrays, of batches of uint8 images (B, C, S, S)."""
+    found = [network(images) for images in tqdm(batches, desc="features", disable=None, leave=False)]
+    features, logits = (torch.cat(parts) for parts in zip(*found))
+    return features.cpu().numpy(), logits.softmax(1).cpu().numpy()
 
 
-def reference_of(images, network):
-    """What to compare with, from real images: dict(mu, sigma, features of up to MOST_PAIRS images)."""
-    features = extract(network, images)[0]
-    mu, sigma = feature_statistics(features)
-    return dict(mu=mu, sigma=sigma, features=spread(features, MOST_PAIRS))
+def reference_of(batches, network):
+    """What to compare with: feature_statistics of real images, and features of up to 10,000 for all pairs."""
+    features = extract(network, batches)[0]
+    return *feature_statistics(features), spread(features, 10_000)
 
 
-def attempt(function, *args):
-    """function(*args), or None and a line that says why there is no value: the other scores go on."""
-    try:
-        return function(*args)
-    except (InputError, np.linalg.LinAlgError) as error:
-        print(f"note: {error}", file=sys.stderr)
-
-
-def score(images, labels, network, reference):
-    """Scores of uint8 images (N, C, S, S) as a dict, None where there is no value; `labels` (N,) or None."""
-    features, probabilities = extract(network, images)
-    row = dict.fromkeys(("frechet_distance", "inception_score", "precision", "recall", "accuracy"))
-    row["n"] = len(features)
-    if statistics := attempt(feature_statistics, features):
-        row["frechet_distance"] = attempt(frechet_distance, *statistics, reference["mu"], reference["sigma"])
-    if reference["features"] is not None:
-        n = min(len(features), len(reference["features"]))
-        pair = attempt(precision_recall, spread(reference["features"], n), spread(features, n))
-        row["precision"], row["recall"] = pair or (None, None)
+def score(batches, labels, network, reference):
+    """Scores of batches of uint8 images, a dict of those that have a value; their labels (N,) or None."""
+    features, probabilities = extract(network, batches)
+    *statistics, others = reference
+    row = dict(n=len(features))
+    if len(features) > 1:
+        row["frechet_distance"] = frechet_distance(*feature_statistics(features), *statistics)
+    real, fake = spread(others, len(features)), spread(features, len(others))              # equally many
+    if len(real) > 3:
+        row["precision"], row["recall"] = precision_recall(real, fake)
     if isinstance(network, InceptionFeatures):
         row["inception_score"] = inception_score(probabilities)
     elif labels is not None:
@@ -246,104 +201,84 @@ def read_images(path):
         return read_pictures(path)
     with reading(path), np.load(path, allow_pickle=False) as file:
         images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
-        labels = torch.from_numpy(file["arr_1"]) if "arr_1" in file else None
-    good = images.dtype == torch.uint8 and images.shape[1] in (1, 3) and len(images)
-    if not good or (labels is not None and labels.shape != (len(images),)):
+        labels = torch.from_numpy(file["arr_1"]).reshape(len(images)) if "arr_1" in file else None
+    if images.dtype != torch.uint8 or images.shape[1] not in (1, 3) or not len(images):
         raise InputError(f"{path}: images must be arr_0, uint8 (N, S, S, 3), and their labels arr_1, (N,)")
     return images, labels
 
 
 def open_inputs(args, run, device):
-    """Images (of a run noise stands for them), labels, training and test set or None, network. InputError."""
-    known, path, data, test = run.data if run else {}, args.ckpt or args.samples, None, None
+    """Images (of a run noise stands for them), labels, test set or None, network, reference. InputError."""
+    known, data, test = run.data if run else {}, None, None
     if run:
         images = torch.randint(256, (1, known["channels"], known["size"], known["size"])).byte()
         labels = torch.arange(args.n) % len(known["class_names"])
     else:
-        images, labels = read_images(path)
-    name, data_dir = args.data or known.get("source"), args.data_dir or known.get("data_dir", "data")
-    if name:
-        load = lambda split: load_data(name, images.shape[2], data_dir, split, skip_bad=True)
-        data, test = load("train"), attempt(load, "test")
+        images, labels = read_images(args.samples)
+    name = args.data or known.get("source") or ""
+    folder = args.data_dir or known.get("data_dir", "data")
+    if name or not args.reference:                           # there must be something to compare with
+        data, test = (load_data(name, images.shape[2], folder, split, skip_bad=True)
+                      for split in ("train", "test"))
         if data.channels == 1 and (images == images[:, :1]).all():           # R = G = B stands for grey
             images = images[:, :1]
         if images.shape[1:] != (data.channels, data.size, data.size):
-            raise InputError(f"{path} has images of (channels, height, width) {tuple(images.shape[1:])}, "
-                             f"{name} has {data.channels} channels and {data.size} px")
-    if args.features == "inception":
-        return images, labels, data, test, InceptionFeatures(args.inception, device, data_dir)
-    if data and labels is not None:
-        low, high = int(labels.min()), int(labels.max())
-        few = not run and os.path.isdir(path) and high < data.n_class - 1    # numbered among themselves
-        if low < 0 or high >= data.n_class or few:
-            raise InputError(f"{path}: labels run from {low} to {high}, of {data.n_class} classes")
-    return images, labels, data, test, classifier_features(data, device, data_dir)
+            raise InputError(f"{name} has {data.channels} x {data.size} px, images {tuple(images.shape[1:])}")
+        # a folder's classes are numbered among themselves: with fewer than the data has, they mean others
+        few = labels is not None and os.path.isdir(args.samples or "") and labels.max() < data.n_class - 1
+        if labels is not None and (few or not 0 <= labels.min() <= labels.max() < data.n_class):
+            raise InputError(f"labels run from {labels.min()} to {labels.max()}, of {data.n_class} classes")
+    inception = args.features == "inception"
+    network = InceptionFeatures(device, folder) if inception else classifier_features(data, device, folder)
+    if not args.reference:
+        return images, labels, test, network, reference_of(pick(data, 50_000)[0], network)
+    width = network.head.weight.shape[1]
+    with reading(args.reference), np.load(args.reference, allow_pickle=False) as file:
+        mu = np.asarray_chkfinite(file["mu"], np.float64).reshape(width)
+        sigma = np.asarray_chkfinite(file["sigma"], np.float64).reshape(width, width)
+    return images, labels, test, network, (mu, sigma, np.empty((0, width)))
 
 
-def open_reference(path, data, network):
-    """What to compare with, as reference_of says, and its name: others' statistics, or training images."""
-    if not path and not data:
-        raise InputError("there is nothing to compare with: add --data or --reference")
-    if not path:
-        real = Pick(data, REFERENCE)
-        return reference_of(real, network), f"{len(real)} training images of {data.name}"
-    with reading(path), np.load(path, allow_pickle=False) as file:
-        mu, sigma = (file[key].astype(np.float64) for key in ("mu", "sigma"))
-    if sigma.shape != (network.width, network.width):
-        raise InputError(f"{path} has statistics of another network than {network.name}")
-    return dict(mu=mu, sigma=sigma, features=None), path
-
-
-def evaluate(args):
-    """Sample if need be, score, print the table and how it was made; process 0 does all but the sampling."""
+def main(argv=None):
+    """Sample if need be, which all processes share; then process 0 prints scores and how they were made."""
+    parser = OneLineParser(prog="evaluate.py", description=__doc__.split("\n\n")[0].strip())
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("--ckpt", help="run folder, or its far.pt, to sample from")
+    either.add_argument("--samples", help="score these images instead: .npz (arr_0, labels arr_1) or folder")
+    add = parser.add_argument
+    add("--n", type=positive, default=5000, help="images to make (%(default)s; papers take 50000)")
+    add("--data", help="data set the images are like; default: the run's")
+    add("--data-dir", help="where data and networks are kept; default: the run's, or data")
+    add("--features", choices=("classifier", "inception"), default="classifier", help="(%(default)s)")
+    add("--reference", help=".npz of others' Inception statistics, mu and sigma; default: training images")
+    add_sampling_flags(parser)
+    args = parser.parse_args(argv)
     rank, _, device = join_processes(pick_device(args.device))
     run = load_run(args.ckpt, device, not args.no_ema) if args.ckpt else None
     if run and run.model.cfg.text_dim:
         raise InputError(f"{args.ckpt} draws from text: see python -m extras.geneval")
     sampling = sampling_settings(args, run.model.cfg) if run else {}
-    images, labels, data, test, network = open_inputs(args, run, device)
-    protocol = {"features": network.name, "precision, recall": "k = 3, two sets of equal size"}
-    if rank == 0:
-        reference, protocol["reference"] = open_reference(args.reference, data, network)
+    images, labels, test, network, reference = open_inputs(args, run, device)
     if run:
         run.dtype = args.dtype or run.dtype
         key = digest(fingerprint(run.model), fingerprint(run.tokenizer), sampling, args.seed, run.dtype)
         folder = os.path.join(run.folder, "evaluation", key)                 # new weights, new folder
         images = sample_in_parts(run, labels, folder, args.seed, args.batch, **sampling)
-        args.samples = os.path.join(folder, "samples.npz")
-        protocol.update(step=run.step, seed=args.seed, **sampling)
+        sampling.update(step=run.step, seed=args.seed, samples=folder)
     if rank:
         return
-    if run:
-        save_npz(args.samples, images, labels)
-    titles = dict(n="images", frechet_distance=network.fd_name, inception_score="IS", precision="precision",
+    rows = {"generated": score(images.split(250), labels, network, reference)}
+    if test:                                                 # what perfect samples, as many, would score
+        rows["real test images"] = score(*pick(test, len(images)), network, reference)
+    distance = "FID" if args.features == "inception" else "FD (classifier)"
+    titles = dict(n="images", frechet_distance=distance, inception_score="IS", precision="precision",
                   recall="recall", accuracy="label right")
-    rows = {"": titles, "generated": score(images, labels, network, reference)}
-    if test:
-        real = Pick(test, len(images))                       # what perfect samples, as many, would score
-        rows["real test images"] = score(real, real.labels, network, reference)
-    for name, row in rows.items():
-        cells = (round(row[key], 3) if isinstance(row[key], float) else row[key] or "-" for key in titles)
+    for name, row in {"": titles, **rows}.items():
+        cells = [row.get(key, "-") for key in titles]
+        cells = [f"{cell:.3f}" if isinstance(cell, float) else cell for cell in cells]
         print(f"{name:17}" + "".join(f"{cell:>16}" for cell in cells))
-    print(*(f"\n{name}: {value}" for name, value in dict(protocol, samples=args.samples).items()), sep="")
-
-
-def main(argv=None):
-    parser = OneLineParser(prog="evaluate.py", description=__doc__.split("\n\n")[0].strip())
-    add = parser.add_argument
-    add("--ckpt", help="run folder, or its far.pt, to sample from")
-    add("--samples", help="score these images instead: .npz (arr_0, labels arr_1) or folder")
-    add("--n", type=positive, default=5000, help="images to make (%(default)s; papers take 50000)")
-    add("--data", help="data set the images are like; default: the run's")
-    add("--data-dir", help="where data and networks are kept; default: the run's, or data")
-    add("--features", choices=("classifier", "inception"), default="classifier", help="(%(default)s)")
-    add("--inception", help="its TorchScript file; default: downloaded, checked by SHA-256")
-    add("--reference", help=".npz of others' Inception statistics, mu and sigma; default: training images")
-    add_sampling_flags(parser)
-    args = parser.parse_args(argv)
-    if (args.ckpt is None) == (args.samples is None):
-        parser.error("give either --ckpt or --samples")
-    evaluate(args)
+    print(f"\nfeatures: {args.features}\nreference: {args.reference or 'training images'}")
+    print(*(f"{name}: {value}" for name, value in sampling.items()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -19,66 +19,74 @@ import torch
 from tqdm import tqdm
 
 import train
-from common import OneLineParser, command_line, positive, reading, write_atomically
+from common import OneLineParser, command_line, digest, positive, reading, write_atomically
 from data import load_data
-from evaluate import Pick, classifier_features, reference_of, score
+from evaluate import classifier_features, pick, reference_of, score
 from far import sampling_defaults
 from sample import generate, load_run
 from tokenizer import default_config, get_tokenizer
 
 DATA, MODEL, SIZE = "fashion_mnist", "far_tiny", 32       # 4 x 4 tokens
 ALL = (1, 2, 3, 4)
-CHANGE = lambda field: ["--set", field]                   # of the paper's layout
 FEW = dict(sampler="dpmpp", steps=(24, 10))
 
 # table: title, rows. Row: name, what is trained (arguments of train.py), how it is sampled, where that is not
 # the model's own way. The first row is what the others are compared with.
 TABLES = {
     "target": ("S1: what the head learns (every band is sampled)", [
-        ("the band x^l", CHANGE("target=band"), dict(bands=ALL)), ("x itself, S1", [], dict(bands=ALL))]),
+        ("the band x^l", "--set target=band", dict(bands=ALL)), ("x itself, S1", "", dict(bands=ALL))]),
     "mask": ("S2: share of tokens hidden in training", [
-        ("none", CHANGE("mask=none"), {}), ("linear, 0.7 to 0 (paper), sampled masked too", [], {}),
-        ("linear, all tokens seen in sampling", [], dict(masked=False)),
-        ("truncated normal (released code), sampled masked too", CHANGE("mask=truncnorm"), {})]),
+        ("none", "--set mask=none", {}), ("linear, 0.7 to 0 (paper), sampled masked too", "", {}),
+        ("linear, all tokens seen in sampling", "", dict(masked=False)),
+        ("truncated normal (released code), sampled masked too", "--set mask=truncnorm", {})]),
     "weight": ("S3: loss weight of the bands", [
-        ("uniform", CHANGE("loss_weight=uniform"), {}), ("sine, rising (the words)", [], {}),
-        ("the article's formula", CHANGE("loss_weight=article"), {})]),
-    "lowpass": ("Low-pass", [("spatial", [], {}), ("Fourier", CHANGE("lowpass=fft"), {})]),
+        ("uniform", "--set loss_weight=uniform", {}), ("sine, rising (the words)", "", {}),
+        ("the article's formula", "--set loss_weight=article", {})]),
+    "lowpass": ("Low-pass", [("spatial", "", {}), ("Fourier", "--set lowpass=fft", {})]),
     "bands": ("Autoregressive steps in sampling, of one training", [
-        (f"{len(bands)}: {','.join(map(str, bands))}", [], dict(bands=bands))
+        (f"{len(bands)}: {','.join(map(str, bands))}", "", dict(bands=bands))
         for bands in (ALL, (1, 2, 4), (2, 4), (4,))]),
     "steps": ("Diffusion steps from the lowest to the highest band, as many in all", [
-        ("constant, 70", [], dict(steps=(70, 70))), ("growing, 40 to 100 (paper)", [], {}),
-        ("shrinking, 100 to 40", [], dict(steps=(100, 40)))]),
+        ("constant, 70", "", dict(steps=(70, 70))), ("growing, 40 to 100 (paper)", "", {}),
+        ("shrinking, 100 to 40", "", dict(steps=(100, 40)))]),
     "sampler": ("The end of the chain: x_0 held within 5, or not, and the few-step solver", [
-        ("ddpm 40 to 100, held (paper)", [], {}), ("ddpm 40 to 100, not held", [], dict(hold=None)),
-        ("dpmpp 24 to 10", [], FEW), ("dpmpp 24 to 10, without guidance", [], dict(FEW, cfg=1.0)),
-        ("ddpm 40 to 100, held, without guidance", [], dict(cfg=1.0))]),
+        ("ddpm 40 to 100, held (paper)", "", {}), ("ddpm 40 to 100, not held", "", dict(hold=None)),
+        ("dpmpp 24 to 10", "", FEW), ("dpmpp 24 to 10, without guidance", "", dict(FEW, cfg=1.0)),
+        ("ddpm 40 to 100, held, without guidance", "", dict(cfg=1.0))]),
     "layout": ("Layout, each sampled its own way", [
-        ("paper", [], {}), ("band", ["--layout", "band"], {}), ("released", ["--layout", "released"], {}),
-        ("released, x_0 held within 5", ["--layout", "released"], dict(hold=5.0))]),
+        ("paper", "", {}), ("band", "--layout band", {}), ("released", "--layout released", {}),
+        ("released, x_0 held within 5", "--layout released", dict(hold=5.0))]),
 }
 
 
 # ---- rows: train if need be, sample, score
 
+def kept(path, make=None):
+    """The value in a JSON file; if there is none, make() makes it, for this time and the next."""
+    if not os.path.exists(path):
+        made = json.dumps(make())
+        write_atomically(path, lambda file: file.write(made.encode()))
+    with reading(path), open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
 def make_job(args, row, seed):
-    """A row's training and sampling with one seed, as plain values: dict."""
+    """A row's training and sampling with one seed, and the file of its scores, as plain values: dict."""
     _, arguments, sampling = row
-    arguments = arguments if "--layout" in arguments else ["--layout", "paper", *arguments]
-    name = "_".join([MODEL, *arguments, f"seed{seed}"]).replace("--", "")
+    arguments = arguments if "--layout" in arguments else f"--layout paper {arguments}"
+    name = "_".join([MODEL, *arguments.split(), f"seed{seed}"]).replace("--", "")
     folder = os.path.join(args.out, name)
     command = ["--data", DATA, "--size", str(SIZE), "--data-dir", args.data_dir, "--out", folder,
                "--model", MODEL, "--steps", str(args.steps), "--seed", str(seed), "--device", "cpu",
-               "--dtype", "fp32", *arguments]
-    key = f"{name} {args.steps} {sorted(sampling.items())} {args.n}"
-    return dict(key=key, folder=folder, command=command, sampling=sampling, seed=seed, args=args)
+               "--dtype", "fp32", *arguments.split()]
+    path = f"{folder}_{digest(args.steps, args.n, sorted(sampling.items()))}.json"
+    return dict(path=path, folder=folder, command=command, sampling=sampling, seed=seed, args=args)
 
 
 def run_rows(jobs):
-    """Train the model that these rows share, or go on with it; sample and score each -> (key, scores)s."""
+    """Train the model that these rows share, or go on with it; sample, score and write each."""
     torch.set_num_threads(1)
-    folder, args, done = jobs[0]["folder"], jobs[0]["args"], []
+    folder, args = jobs[0]["folder"], jobs[0]["args"]
     os.makedirs(folder, exist_ok=True)
     with (open(os.path.join(folder, "log.txt"), "a", encoding="utf-8") as file,
           contextlib.redirect_stdout(file), contextlib.redirect_stderr(file)):
@@ -90,34 +98,17 @@ def run_rows(jobs):
         raise KeyboardInterrupt                                          # the training was told to stop
     data = load_data(DATA, SIZE, args.data_dir)
     network = classifier_features(data, "cpu", args.data_dir)
-    reference, shown = reference_of(Pick(data, 10000), network), torch.arange(args.n) % data.n_class
-    for job in jobs:
+    reference, shown = reference_of(pick(data, 10000)[0], network), torch.arange(args.n) % data.n_class
+
+    def measure(job):
         sampling, began = {**sampling_defaults(run.model.cfg), **job["sampling"]}, time.perf_counter()
         images = generate(run, shown, job["seed"], batch=250, **sampling)
         seconds = 1000 * (time.perf_counter() - began) / args.n
-        scores = score(images, shown, network, reference)
-        done.append((job["key"], dict(scores, training_rate=rate, sampling_seconds=seconds)))
-    return done
+        found = score(images.split(250), shown, network, reference)
+        return dict(found, training_rate=rate, sampling_seconds=seconds)
 
-
-def run_all(args, jobs):
-    """The scores of all jobs, key -> dict: read from results.jsonl, or made now and added to it."""
-    rows, by_training, known = {}, {}, os.path.join(args.out, "results.jsonl")
-    if os.path.exists(known):
-        with reading(known), open(known, encoding="utf-8") as file:
-            rows = {line["key"]: line["result"] for line in map(json.loads, file)}
-    todo = {job["key"]: job for job in jobs if job["key"] not in rows}
-    for job in todo.values():
-        by_training.setdefault(job["folder"], []).append(job)
-    with (get_context("spawn").Pool(args.jobs) as pool, open(known, "a", encoding="utf-8") as file,
-          tqdm(total=len(todo), desc="ablations", unit="row") as bar):
-        for done in pool.imap_unordered(run_rows, by_training.values()):
-            for key, result in done:
-                file.write(json.dumps(dict(key=key, result=result)) + "\n")
-            file.flush()
-            rows.update(done)
-            bar.update(len(done))
-    return rows
+    for job in jobs:
+        kept(job["path"], lambda: measure(job))
 
 
 # ---- the command
@@ -160,13 +151,17 @@ def main(argv=None):
     get_tokenizer(data, held_out, cfg, args.data_dir, steps, dtype="fp32")
 
     jobs_of = lambda row: [make_job(args, row, seed) for seed in range(args.seeds)]
-    wanted = [row for name in args.only for row in TABLES[name][1]]
-    scores = run_all(args, [job for row in wanted for job in jobs_of(row)])
+    by_training = {}
+    for job in [job for name in args.only for row in TABLES[name][1] for job in jobs_of(row)]:
+        if not os.path.exists(job["path"]):
+            by_training.setdefault(job["folder"], []).append(job)
+    with get_context("spawn").Pool(args.jobs) as pool:
+        list(tqdm(pool.imap_unordered(run_rows, by_training.values()), "trainings", len(by_training)))
     lines = [f"{DATA}, {MODEL}, {args.steps:,} steps of batch {train.RECIPES[MODEL]['batch']} for every row, "
              f"{args.seeds} seeds, {args.n:,} samples against 10,000 training images in the features of our "
              "own classifier. Spread: largest minus smallest of the seeds."]
     for title, rows in map(TABLES.get, args.only):
-        filled = [(row[0], [scores[job["key"]] for job in jobs_of(row)]) for row in rows]
+        filled = [(row[0], [kept(job["path"]) for job in jobs_of(row)]) for row in rows]
         lines += ["", *write_table(title, filled)]
     text = "\n".join(lines)
     write_atomically(os.path.join(args.out, "ablations.md"), lambda file: file.write(text.encode()))

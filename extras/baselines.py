@@ -11,7 +11,6 @@ Guidance and temperature are chosen for each from one grid, on other noise than 
 
 Shapes: B images, N = H^2 tokens, C channels of a token, M of them drawn at once, D width.
 """
-import json
 import math
 import os
 import time
@@ -22,11 +21,12 @@ from tqdm import tqdm
 
 import train
 from bands import mask_share
-from common import (OneLineParser, command_line, digest, faster_dtype, pick_device, positive, reading,
-                    seed_number, write_atomically)
+from common import (OneLineParser, command_line, digest, faster_dtype, pick_device, positive, seed_number,
+                    write_atomically)
 from data import load_data
 from diffusion import DiffusionHead
-from evaluate import Pick, classifier_features, reference_of, score
+from evaluate import classifier_features, pick, reference_of, score
+from extras.ablate import kept
 from extras.benchmark import training_seconds
 from far import FAR, NoiseOfImages, make_config, sampling_defaults
 from sample import generate, load_run
@@ -62,25 +62,25 @@ class MAR(FAR):
 
     @torch.inference_mode()
     def sample(self, labels, seed, first, progress, sampler, steps, cfg, temperature, **ignored):
-        """As FAR.sample, `steps[-1]` diffusion steps for each draw. -> the grid after every draw."""
-        B, C, H, device = len(labels), self.cfg.latent_dim, self.cfg.latent_size, self.band_std.device
+        """As FAR.sample, `steps[-1]` diffusion steps for each draw, cfg > 1. -> the grid after every draw."""
+        B, C, H = len(labels), self.cfg.latent_dim, self.cfg.latent_size
         N, S, known, drawn = H * H, min(self.draws, H * H), 0, []
-        draw = NoiseOfImages(seed, range(first, first + B), device)
-        tokens = torch.zeros(B, N, C, device=device)
-        vector, order = self.condition(labels)[0], self.order(draw, B)
-        if cfg != 1:                                 # the conditional images, then the unconditional ones
-            vector, order = torch.cat([vector, self.null_cond.expand(B, -1)]), torch.cat([order, order])
+        draw = NoiseOfImages(seed, range(first, first + B), labels.device)
+        tokens = torch.zeros(B, N, C, device=labels.device)
+        # the conditional images, then the unconditional ones
+        vector = torch.cat([self.condition(labels)[0], self.null_cond.expand(B, -1)])             # (2B, D)
+        order = self.order(draw, B).repeat(2, 1)                                                  # (2B, N)
         for s in range(1, S + 1):
             # few tokens at first, more as the image takes shape, MAR's cosine; in raster order equally many
             left = math.cos(math.pi / 2 * s / S) if self.random_order else 1 - s / S
             after = min(max(N - math.floor(N * left), known + 1), N - (S - s))
-            new, grid = order[:, known:after, None], tokens.mT.unflatten(2, (H, H))   # (B or 2B, M, 1)
-            grid = grid.repeat(len(vector) // B, 1, 1, 1)                             # (B or 2B, C, H, H)
-            z = self.transformer([grid], [H], (vector, None), [order[:, :known]])     # (B or 2B, N, D)
-            condition = self.head.condition(z.take_along_dim(new, 1), 0.0)            # (B or 2B, M, W)
+            new = order[:, known:after, None]                                                     # (2B, M, 1)
+            grid = tokens.mT.unflatten(2, (H, H)).repeat(2, 1, 1, 1)                          # (2B, C, H, H)
+            z = self.transformer([grid], [H], (vector, None), [order[:, :known]])                 # (2B, N, D)
+            condition = self.head.condition(z.take_along_dim(new, 1), 0.0)                        # (2B, M, W)
             noise = lambda M=after - known: draw(torch.randn, B, M, C)
-            w = 1 + (cfg - 1) * after / N                                             # rises, as MAR's
-            made = self.head.sample(condition, noise, steps[-1], sampler, w, temperature)     # (B, M, C)
+            w = 1 + (cfg - 1) * after / N                                                  # rises, as MAR's
+            made = self.head.sample(condition, noise, steps[-1], sampler, w, temperature)         # (B, M, C)
             tokens = tokens.scatter(1, new[:B].expand(-1, -1, C), made.to(tokens))
             drawn.append(tokens.mT.unflatten(2, (H, H)))
             known = after
@@ -122,11 +122,10 @@ class DiT(nn.Module):
 
     @torch.inference_mode()
     def sample(self, labels, seed, first, progress, sampler, steps, cfg, temperature, **ignored):
-        """As FAR.sample, with the larger number of steps and constant guidance. -> a list of one grid."""
-        B, C, H, vector = len(labels), self.cfg.latent_dim, self.cfg.latent_size, self.class_embed(labels)
-        draw = NoiseOfImages(seed, range(first, first + B), vector.device)
-        if cfg != 1:
-            vector = torch.cat([vector, self.null_cond.expand(B, -1)])
+        """As FAR.sample, with the larger number of steps and constant guidance > 1. -> a list of one grid."""
+        B, C, H = len(labels), self.cfg.latent_dim, self.cfg.latent_size
+        draw = NoiseOfImages(seed, range(first, first + B), labels.device)
+        vector = torch.cat([self.class_embed(labels), self.null_cond.expand(B, -1)])           # (2B, D)
         condition, noise = self.head.condition(vector[:, None], 0.0), lambda: draw(torch.randn, B, H * H, C)
         tokens = self.head.sample(condition, noise, max(steps), sampler, cfg, temperature)     # (B, N, C)
         progress()
@@ -144,25 +143,12 @@ def configure(method, *shape):
     FARConfig of a method for latents of `shape` (H, C, classes), and what it changes in FAR's, a dict: one
     "band", the whole grid, and the depth that brings the number of parameters nearest to FAR's.
     """
-    config = lambda **changes: make_config(MODEL, "band", *shape, **changes)
-    size = lambda build, cfg: sum(p.numel() for p in build(cfg).parameters())
-    if method == "far":
-        return config(), {}
-    changes = dict(bands=shape[:1], grid="full", target="full", context="last", input_noise=0.0)
-    if method != "dit":          # MAR: tokens are drawn independently given z, each z with four noise levels
-        changes.update(mask="truncnorm", head_attention=0, noise_levels=4)
-    one, two = (size(METHODS[method], config(**changes, depth=depth)) for depth in (1, 2))
-    changes["depth"] = max(1, round(1 + (size(FAR, config()) - one) / (two - one)))
-    return config(**changes), changes
-
-
-def kept(path, make):
-    """The value in a JSON file; if there is none, make() makes it, for this time and the next."""
-    if not os.path.exists(path):
-        made = json.dumps(make())
-        write_atomically(path, lambda file: file.write(made.encode()))
-    with reading(path), open(path, encoding="utf-8") as file:
-        return json.load(file)
+    changes = {}
+    if method != "far":
+        changes = dict(bands=shape[:1], grid="full", target="full", context="last", input_noise=0.0, depth=4)
+    if method.startswith("mar"):    # tokens are drawn independently given z, each z with four noise levels
+        changes.update(mask="truncnorm", head_attention=0, noise_levels=4, depth=3)
+    return make_config(MODEL, "band", *shape, **changes), changes
 
 
 def train_method(args, method, shape):
@@ -193,12 +179,12 @@ def judge(args, method, shape, network, reference):
 
     def distance(setting):
         images = generate(run, few, seed + 1, batch=250, **{**base, **setting})
-        return score(images, few, network, reference)["frechet_distance"]
+        return score(images.split(250), few, network, reference)["frechet_distance"]
 
     best, began = min(tqdm(GRID, "guidance, temperature"), key=distance), time.perf_counter()
     images = generate(run, shown, seed, batch=250, **{**base, **best})
-    rate = n / (time.perf_counter() - began)
-    return dict(score(images, shown, network, reference), **best, **took, sampling_images_per_s=rate)
+    took["sampling_images_per_s"] = n / (time.perf_counter() - began)
+    return dict(score(images.split(250), shown, network, reference), **best, **took)
 
 
 def main(argv=None):
@@ -223,11 +209,11 @@ def main(argv=None):
     steps = min(cfg.steps, max(10, 5 * args.seconds))
     tokenizer = get_tokenizer(data, held_out, cfg, args.data_dir, steps, 0, device, args.dtype)
     save_tokenizer(f"{args.out}/tokenizer.pt", tokenizer)
-    reference = reference_of(Pick(data, 50000), network)
-    test, real = Pick(held_out, args.n), Pick(data, args.n)
-    blurred = torch.cat([reconstruct(tokenizer, real[i:i + 250]) for i in range(0, len(real), 250)])
-    found = {"real test images": score(test, test.labels, network, reference),
-             "training images through the tokenizer": score(blurred, real.labels, network, reference)}
+    reference = reference_of(pick(data, 50000)[0], network)
+    real, labels = pick(data, args.n)
+    blurred = [reconstruct(tokenizer, images) for images in real]
+    found = {"real test images": score(*pick(held_out, args.n), network, reference),
+             "training images through the tokenizer": score(blurred, labels, network, reference)}
     shape, key = (cfg.latent_size, cfg.latent_dim, data.n_class), digest(args.seconds, args.n, GRID)
     for method in args.only:
         found[method] = kept(f"{args.out}/{method}_seed{args.seed}/scores-{key}.json",

@@ -3,7 +3,6 @@ What a model costs: parameters, tokens and floating-point operations of every si
 
     python -m extras.benchmark                                   # the presets, counted: nothing is run
     python -m extras.benchmark --model far_b --batch 64          # times of one size in every layout
-    python -m extras.benchmark --ckpt runs/fashion_mnist_far_tiny
 
 The presets are counted, and timed, as for ImageNet at 256 px: 16 x 16 latents of 16 channels, 1000 classes.
 Operations are those of torch's FlopCounterMode, a multiplication and an addition being two.
@@ -21,13 +20,12 @@ import train
 from bands import diffusion_steps
 from common import OneLineParser, autocast, command_line, faster_dtype, pick_device, positive
 from far import FAR, LAYOUTS, PRESETS, Randomness, make_config, sampling_defaults
-from sample import load_run
 
 IMAGENET = 16, 16, 1000                           # side and channels of the latents, classes
 
 
 def sampling_flops(model, settings):
-    """Operations of sampling one image, and the head's share, of a model on the meta device."""
+    """Operations of sampling one image, of a model on the meta device: all steps of a band cost the same."""
     labels, text = train.some_inputs(model.cfg, 1, "meta")[2:]
 
     def count(steps):
@@ -38,25 +36,23 @@ def sampling_flops(model, settings):
         return np.diff(counts)                                                       # (L,), of each band
 
     once, L = count(1), len(settings["bands"])
-    step = count(2) - once                    # a diffusion step of each band; all further ones cost the same
-    head = sum(diffusion_steps(*settings["steps"], l, L) * step[l - 1] for l in range(1, L + 1))
-    total = (once - step).sum() + head
-    return total, head / total
+    steps = np.array([diffusion_steps(*settings["steps"], l, L) for l in range(1, L + 1)])
+    return (once + (steps - 1) * (count(2) - once)).sum()
 
 
 def counted():
     """Markdown lines: what each preset costs in every layout. Masks hide what they hide in one drawn step."""
     lines = ["| preset | layout | million parameters: transformer | head | all | tokens, training "
-             "| GFLOP / image, training | GFLOP / image, sampling (head) |", "|---" * 8 + "|"]
+             "| GFLOP / image, training | GFLOP / image, sampling |", "|---" * 8 + "|"]
     for preset, layout in product(PRESETS, LAYOUTS):
         cfg = make_config(preset, layout, *IMAGENET)
         with torch.device("meta"):
             model = FAR(cfg).eval()
         whole, head = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.head))
         tokens = len(model.mask) if cfg.context == "all" else model.encoder_pos.shape[1]
-        training, (sampling, share) = train.count_flops(cfg, 2), sampling_flops(model, sampling_defaults(cfg))
+        training, sampling = train.count_flops(cfg, 2) / 2, sampling_flops(model, sampling_defaults(cfg))
         lines.append(f"| {preset} | {layout} | {whole - head:.1f} | {head:.1f} | {whole:.1f} | {tokens} "
-                     f"| {training / 2e9:,.1f} | {sampling / 1e9:,.1f} ({share:.0%}) |")
+                     f"| {training / 1e9:,.1f} | {sampling / 1e9:,.1f} |")
     return lines
 
 
@@ -97,17 +93,15 @@ def timed(name, cfg, recipe, device, dtype):
 def main(argv=None):
     parser = OneLineParser(prog="-m extras.benchmark", description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", choices=list(PRESETS), help="time this size in all layouts")
-    parser.add_argument("--ckpt", help="time a model like this run's")
     parser.add_argument("--batch", type=positive, default=4, help="images at once (%(default)s)")
     args, device = parser.parse_args(argv), pick_device()
-    if not (args.model or args.ckpt):
+    if not args.model:
         return print("\n".join(counted()))
-    recipe = dict(train.RECIPES.get(args.model or "far_tiny", train.PAPER), batch=args.batch, steps=1000)
-    configs = [make_config(args.model, layout, *IMAGENET) for layout in LAYOUTS if args.model]
-    configs += [load_run(args.ckpt).model.cfg] if args.ckpt else []
+    recipe = dict(train.RECIPES.get(args.model, train.PAPER), batch=args.batch, steps=1000)
     print(f"{device}, {torch.get_num_threads()} threads\n\n{TIMES}")
-    for cfg in configs:
-        print(timed(args.ckpt or args.model, cfg, recipe, device, faster_dtype(device)), flush=True)
+    for layout in LAYOUTS:
+        cfg = make_config(args.model, layout, *IMAGENET)
+        print(timed(args.model, cfg, recipe, device, faster_dtype(device)), flush=True)
 
 
 if __name__ == "__main__":

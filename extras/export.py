@@ -18,13 +18,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     halve = lambda state: {name: p.half() if p.is_floating_point() else p for name, p in state.items()}
     far = load_checkpoint(os.path.join(args.run, "far.pt"), "far")
+    far = {key: far[key] for key in ("kind", "step", "run", "config", "data", "ema")}
     tokenizer = load_checkpoint(os.path.join(args.run, "tokenizer.pt"), "tokenizer")
+    far["data"]["data_dir"] = "data"                                       # no path of this machine
+    far.update(dtype="fp32", ema=halve(far["ema"]))
+    tokenizer["model"] = halve(tokenizer["model"])
     os.makedirs(args.out, exist_ok=True)
-    for name, content in (
-            ("far.pt", dict(kind="far", step=far["step"], run=far["run"], dtype="fp32", config=far["config"],
-                            data=dict(far["data"], data_dir="data"),           # no path of this machine
-                            ema=halve(far["ema"]))),
-            ("tokenizer.pt", dict(tokenizer, model=halve(tokenizer["model"])))):
+    for name, content in (("far.pt", far), ("tokenizer.pt", tokenizer)):
         write_atomically(os.path.join(args.out, name), lambda file: torch.save(content, file))
     print(f"written: {args.out}/far.pt and tokenizer.pt")
 

@@ -10,6 +10,7 @@ only; how often it is right on real drawings stands in the table, too.
 Shapes: S pixels per side; an image is uint8 (S, S, 3). Lengths are in picture widths.
 """
 import random
+from itertools import product
 
 import numpy as np
 import torch
@@ -36,17 +37,15 @@ WAVES = {"circle": (0, 0, 0, 0), "square": (0, 0, 0.13, 0),
 
 def regions(kind):
     """The connected regions (not by corners) of equal kind >= 0, as masks: (S, S) -> list of bool (S, S)."""
+    kind = np.pad(kind, 1, constant_values=-1)
     label = np.where(kind >= 0, np.arange(kind.size).reshape(kind.shape), -1)
-    down = (kind[1:] == kind[:-1]) & (kind[1:] >= 0)
-    right = (kind[:, 1:] == kind[:, :-1]) & (kind[:, 1:] >= 0)
     before = None
     while not np.array_equal(label, before):                 # the largest number of a region spreads over it
-        before = label.copy()
-        for a, b, same in ((label[1:], label[:-1], down), (label[:, 1:], label[:, :-1], right)):
-            largest = np.where(same, np.maximum(a, b), -1)
-            np.maximum(a, largest, out=a)
-            np.maximum(b, largest, out=b)
-    return [label == number for number in np.unique(label[kind >= 0])]
+        before = label
+        for place in product((1, -1), (0, 1)):               # from the four sides: a shift, and its axis
+            larger = np.maximum(label, np.roll(label, *place))
+            label = np.where(np.roll(kind, *place) == kind, larger, label)
+    return [(label == number)[1:-1, 1:-1] for number in np.unique(label[kind >= 0])]
 
 
 def find_objects(image):
@@ -92,14 +91,12 @@ def shape_of(x, y, n=36):
 
 def check(category, prompt, found):
     """Whether exactly the prompt's objects are found; the first three categories look at shapes alone."""
-    kinds = [(thing["color"], thing["shape"]) for thing in found]
-    if category in ("single object", "two objects", "counting"):
-        return sorted(str(shape) for _, shape in kinds) == sorted(shape for _, shape in prompt["kinds"])
-    if sorted(map(str, kinds)) != sorted(map(str, prompt["kinds"])):
-        return False
-    if category != "position":
-        return True
-    a, b = (found[kinds.index(kind)] for kind in prompt["kinds"])
+    first = 1 if category in ("single object", "two objects", "counting") else 0       # 0 is the colour
+    seen = [(thing["color"], thing["shape"]) for thing in found]
+    ours, theirs = (sorted(str(kind[first:]) for kind in kinds) for kinds in (seen, prompt["kinds"]))
+    if ours != theirs or category != "position":
+        return ours == theirs
+    a, b = (found[seen.index(kind)] for kind in prompt["kinds"])
     return relation(a, b) == prompt["relation"]
 
 
@@ -127,13 +124,14 @@ def prompts(category, held_out, most=48):
     return chosen
 
 
-def generated(draw, held_out, per_prompt=4):
-    """Prompts and pictures of a model, category -> (prompts, images). draw(n texts) -> uint8 (n, S, S, 3)."""
+def generated(run, held_out, per_prompt, batch, **sampling):
+    """Prompts, per_prompt times each, and a run's pictures: category -> (prompts, uint8 (n, S, S, 3))."""
     shown = {}
     for category in tqdm(CATEGORIES, desc="sampling", leave=False):
         asked = [prompt for prompt in prompts(category, held_out) for _ in range(per_prompt)]
         if asked:
-            shown[category] = asked, draw([prompt["text"] for prompt in asked])
+            images = generate(run, [prompt["text"] for prompt in asked], batch=batch, **sampling)
+            shown[category] = asked, to_rgb(images)
     return shown
 
 
@@ -165,11 +163,10 @@ def main(argv=None):
     if not run.model.cfg.text_dim:
         raise InputError(f"{args.ckpt} draws classes: this is for models trained on text; see evaluate.py")
     sampling = dict(sampling_settings(args, run.model.cfg), seed=args.seed)
-    draw = lambda texts: to_rgb(generate(run, texts, batch=args.batch, **sampling))
     through = lambda images: to_rgb(reconstruct(run.tokenizer, torch.from_numpy(images).permute(0, 3, 1, 2)))
     drawings = real(run.data["size"])
-    rows = {"generated, combinations seen": generated(draw, False, args.n),
-            "generated, held out": generated(draw, True, args.n),
+    rows = {"generated, combinations seen": generated(run, False, args.n, args.batch, **sampling),
+            "generated, held out": generated(run, True, args.n, args.batch, **sampling),
             "real drawings through the tokenizer": {c: (a, through(b)) for c, (a, b) in drawings.items()},
             "real drawings": drawings}
     print(f"| {args.ckpt} | {' | '.join(CATEGORIES)} | mean |\n{'|---' * 8}|")

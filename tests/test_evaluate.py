@@ -13,7 +13,7 @@ from PIL import Image
 import evaluate
 from common import InputError
 from data import load_data, save_npz
-from evaluate import (InceptionFeatures, Pick, feature_statistics, frechet_distance, inception_score,
+from evaluate import (InceptionFeatures, feature_statistics, frechet_distance, inception_score, pick,
                       precision_recall, read_images, reference_of, score)
 
 IMAGES = torch.randint(0, 256, (100, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
@@ -35,12 +35,12 @@ class StandIn(torch.nn.Module):
 
 @pytest.fixture
 def inception(tmp_path, monkeypatch):
-    """The path of a stand-in, which passes for the published file."""
+    """A folder with a stand-in for the published file, which cannot be downloaded."""
+    monkeypatch.setattr(evaluate, "FID_URL", f"file://{tmp_path}/nowhere/inception.pt")
     torch.jit.script(StandIn()).save(str(tmp_path / "inception.pt"))
     found = hashlib.sha256((tmp_path / "inception.pt").read_bytes()).hexdigest()
-    monkeypatch.setattr(evaluate, "INCEPTION_SHA256", found)
-    monkeypatch.setattr(InceptionFeatures, "width", 8)
-    return str(tmp_path / "inception.pt")
+    monkeypatch.setattr(evaluate, "FID_SHA256", found)
+    return tmp_path
 
 
 def test_statistics_and_frechet_distance_are_their_formulas_also_far_from_zero_and_of_few_images(capsys):
@@ -76,32 +76,29 @@ def test_inception_score_precision_and_recall_see_what_is_missing_and_are_as_def
     assert precision_recall(real, fake) == pytest.approx((inside(fake, real), inside(real, fake)))
 
 
-def test_inception_takes_grey_images_leaves_out_the_bias_and_what_cannot_be_computed_is_none(inception):
-    network, grey, pair = InceptionFeatures(inception, "cpu"), IMAGES[:, :1], ["precision", "recall"]
+def test_inception_takes_grey_images_leaves_out_the_bias_and_what_cannot_be_computed_is_missing(inception):
+    network, grey, pair = InceptionFeatures("cpu", inception), IMAGES[:, :1], {"precision", "recall"}
     features, logits = network(grey)
     assert torch.equal(features, network(grey.repeat(1, 3, 1, 1))[0])
     assert torch.allclose(logits, features @ StandIn().output.weight.T, atol=1e-5)
-    for found, whole in zip(evaluate.extract(network, grey, 7), (features, logits.softmax(1))):
+    for found, whole in zip(evaluate.extract(network, grey.split(7)), (features, logits.softmax(1))):
         assert np.allclose(found, whole.detach(), atol=1e-5)
-    reference = reference_of(IMAGES[9:], network)
-    for n, missing in ((1, ["frechet_distance", *pair]), (3, pair), (4, [])):
-        row = score(IMAGES[:n], None, network, reference)
-        assert [key for key in row if row[key] is None] == [*missing, "accuracy"] and row["n"] == n
-    row = score(IMAGES[:9], None, network, dict(reference, features=None, mu=np.full(8, np.nan)))
-    assert row["precision"] is row["frechet_distance"] is None and row["inception_score"] >= 1
+    reference = reference_of([IMAGES[9:]], network)
+    for n, more in ((1, set()), (3, {"frechet_distance"}), (4, {"frechet_distance", *pair})):
+        row = score([IMAGES[:n]], None, network, reference)
+        assert set(row) == {"n", "inception_score", *more} and row["n"] == n and row["inception_score"] >= 1
 
 
-def test_the_classifier_learns_is_kept_and_leaves_random_numbers_alone(tiny, tmp_path, monkeypatch):
-    data, before = load_data(str(tiny[0] / "pictures"), 16, str(tiny[0] / "data")), torch.get_rng_state()
+def test_the_classifier_learns_and_is_kept(tiny, tmp_path, monkeypatch):
+    data = load_data(str(tiny[0] / "pictures"), 16, str(tiny[0] / "data"))
     monkeypatch.setattr(evaluate, "train_classifier", QUICK)
     first = evaluate.classifier_features(data, "cpu", str(tmp_path))
-    assert torch.equal(before, torch.get_rng_state())
     monkeypatch.setattr(evaluate, "train_classifier", None)  # the second time it must come from the file
     second, images = evaluate.classifier_features(data, "cpu", str(tmp_path)), data.batch(range(20))
     assert torch.allclose(first(images)[0], second(images)[0], atol=1e-4)
-    reference, labels = reference_of(Pick(data, 20), first), data.labels[:20]
+    reference, labels = reference_of(pick(data, 20)[0], first), data.labels[:20]
     for given, accuracy in ((labels, 1), (1 - labels, 0), (None, None)):
-        assert score(images, given, first, reference)["accuracy"] == accuracy
+        assert score([images], given, first, reference).get("accuracy") == accuracy
     assert set(evaluate.spread(np.arange(1000) % 10, 100)) == set(range(10)), "a stride of 10 keeps one class"
 
 
@@ -127,15 +124,23 @@ def test_images_come_back_as_they_were_written_and_what_is_not_images_is_refused
 def test_statistics_of_others_are_compared_with_and_bad_commands_are_one_line(tmp_path, inception, cli):
     small, stats, other = (tmp_path / f"{name}.npz" for name in ("small", "stats", "other"))
     save_npz(small, IMAGES[:9, :, :, :8], range(9))
-    np.savez(stats, **reference_of(IMAGES[9:], InceptionFeatures(inception, "cpu")))
+    mu, sigma, _ = reference_of([IMAGES[9:]], InceptionFeatures("cpu", inception))
+    np.savez(stats, mu=mu, sigma=sigma)
     np.savez(other, mu=np.zeros(3), sigma=np.eye(3))
-    flags = f"--samples {small} --features inception --device cpu --inception {inception}"
+    np.savez(tmp_path / "nan.npz", mu=mu, sigma=sigma * np.nan)
+    flags = f"--samples {small} --features inception --device cpu --data-dir {inception}"
     titles, made, *rest = cli(evaluate.main, *flags.split(), "--reference", stats)[1].splitlines()
     assert titles.split() == ["images", "FID", "IS", "precision", "recall", "label", "right"]
     assert made.split()[0] == "generated" and made.split()[-3:] == [*"---"] and f"reference: {stats}" in rest
-    for bad, word in (("", "--samples"), ("--samples nowhere.npz", "nowhere.npz"), (flags, "--reference"),
-                      (f"--samples {small}", "no classes"), (f"{flags} --inception {small}", "is not"),
-                      (f"{flags} --reference {other}", "another network"), (f"--ckpt {tmp_path}", "far.pt"),
+    (tmp_path / "wrong").mkdir()
+    shutil.copy(small, tmp_path / "wrong" / "inception.pt")
+    for bad, word in (("", "--samples"), ("--samples nowhere.npz", "nowhere.npz"), (flags, "--data"),
+                      (f"--samples {small} --reference {stats}", "no classes"),
+                      (f"{flags} --data-dir {tmp_path}/empty --reference {stats}", "could not be read"),
+                      (f"{flags} --data-dir {tmp_path}/wrong --reference {stats}", "not the network"),
+                      (f"{flags} --reference {other}", "reshape"),
+                      (f"{flags} --reference {tmp_path}/nan.npz", "NaN"),
+                      (f"--ckpt {tmp_path}", "far.pt"),
                       (f"{flags} --reference {small}", "damaged"), (f"{flags} --data shapes", "(3, 16, 8)")):
         code, out, last = cli(evaluate.main, *bad.split())
         assert code == 2 and last.startswith("error:") and word in last and out == "", (bad, last)
@@ -145,14 +150,15 @@ def test_a_run_that_fits_is_sampled_for_its_weights_and_settings(tiny_run, tmp_p
     run = shutil.copytree(tiny_run, tmp_path / "run")
     command = partial(cli, evaluate.main, "--ckpt", run, "--data-dir", tmp_path, "--device", "cpu")
     monkeypatch.setattr(evaluate, "train_classifier", QUICK)
-    for flags, word in (("--reference no.npz", "no.npz"), ("--features inception --inception no.pt", "no.pt"),
+    monkeypatch.setattr(evaluate, "FID_URL", f"file://{tmp_path}/no.pt")
+    for flags, word in (("--reference no.npz", "no.npz"), ("--features inception", "no.pt"),
                         ("--data shapes_text", "of 1 classes")):
         code, _, last = command(*flags.split())
         assert code == 2 and word in last and not (run / "evaluation").exists(), "found before the sampling"
     _, made, real, _, *protocol = command("--n", 8, "--steps", 2)[1].splitlines()
-    samples, = run.glob("evaluation/*/samples.npz")
-    assert made.split()[1] == "8" and "step: 12" in protocol and f"samples: {samples}" in protocol
-    assert real.split()[-5:] == [*"----", "1.0"], "a test set of one image does no harm"
+    folder, = run.glob("evaluation/*")
+    assert made.split()[1] == "8" and "step: 12" in protocol and f"samples: {folder}" in protocol
+    assert real.split()[-6:] == [*"1----", "1.000"], "a test set of one image does no harm"
     for n, flags in ((1, ()), (2, ("--cfg", 2)), (3, ("--seed", 1)), (4, ("--no-ema",))):
         command("--n", 9, "--steps", 2, *flags)
         assert len([*run.glob("evaluation/*")]) == n, "other weights or settings must not reuse the images"
