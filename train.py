@@ -18,48 +18,57 @@ import os
 import shlex
 import signal
 import time
+import timeit
 from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
-from contextlib import contextmanager
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, fields
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from blocks import Muon
 from common import (InputError, OneLineParser, autocast, command_line, epochs, faster_dtype, hold_lock,
                     join_processes, load_checkpoint, number, pick_device, positive, prefetch, previous,
-                    reading, save_checkpoint, seed_number, step_generator, whole_numbers, write_atomically)
-from data import load_data
-from far import FAR, LAYOUTS, PRESETS, FARConfig, Randomness, default_layout, make_config
-from sample import draw_pictures, draw_reconstructions
+                    reading, save_checkpoint, seed_number, step_generator, whole_numbers)
+from data import load_data, save_grid
+from far import (FAR, LAYOUTS, PRESETS, FARConfig, Randomness, default_layout, make_config,
+                 sampling_defaults)
+from sample import COLUMNS, columns_of, draw_pictures
 from text import load_encoder, text_source
 from tokenizer import (cache_latents, default_config, fingerprint, fit_to_data, get_tokenizer, load_tokenizer,
-                       save_tokenizer, time_step, tokenizer_path)
+                       reconstruct, save_tokenizer, time_step, tokenizer_path)
+
+# what --set may change, and how it is read: fields of FARConfig that no other flag decides, and the recipe
+DECIDED = ("layout", "latent_size", "latent_dim", "n_class", "text_dim", "byte_depth")
+OF_RECIPE = dict(lr=number, ema=number, clip=number, warmup=number, tokenizer=int)
+READERS = {int: int, str: str, float: number, tuple: whole_numbers}
+SETTINGS = OF_RECIPE | {f.name: READERS[f.type] for f in fields(FARConfig) if f.name not in DECIDED}
+
+
+def setting(text):
+    """ "width=64" of --set -> ("width", 64). Errors as argparse expects them."""
+    name, _, value = text.partition("=")
+    if name not in SETTINGS:
+        raise ArgumentTypeError(f"{text}: NAME=VALUE with NAME one of {', '.join(SETTINGS)}")
+    return name, SETTINGS[name](value)
 
 
 def get_args(argv=None):
     parser = OneLineParser(prog="train.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    # what to train on
     add("--data", help="shapes, fashion_mnist, cifar10, imagenet64, or a folder of images")
-    add("--text", nargs="?", const="bytes", metavar="ENCODER",
-        help="train on captions; with `bytes`, a part of the model, or a Qwen2 by name or folder")
+    add("--text", nargs="?", const="bytes", help="train on captions; TEXT: bytes, or a Qwen2, name or folder")
     add("--size", type=positive, help="side of the images in pixels; by default the data's own")
-    add("--data-dir", default="data", help="where data sets, tokenizers and cached latents are kept")
+    add("--data-dir", type=os.path.abspath, default="data", help="of data sets, tokenizers, latents")
     add("--skip-bad", action="store_true", help="leave out images that cannot be read instead of stopping")
     add("--mirror", action="store_true", help="show every image of a folder mirrored, half of the time")
     add("--tokenizer", help="a tokenizer.pt, or the published kl16.ckpt; by default one is trained")
-    # the model
     add("--model", choices=list(PRESETS), help="size; by default far_tiny, with --text far_tiny_t2i")
     add("--layout", choices=list(LAYOUTS), help="by default paper for the paper's sizes, band for others")
-    add("--set", nargs="*", default=[], metavar="NAME=VALUE",
+    add("--set", nargs="*", type=setting, default=[], metavar="NAME=VALUE",
         help="change fields of FARConfig or of the recipe, e.g. bands=1,2,4,8 lowpass=fft lr=1e-3")
-    # the run
     add("--out", help="folder of the run; by default runs/DATA_MODEL")
     add("--steps", type=positive, help="optimizer steps; warm-up and the tokenizer scale with them")
     add("--batch", type=positive, help="images per step on each device; by default the preset's")
@@ -71,77 +80,61 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     args.data = args.data or ("shapes_text" if args.text else "shapes")
     args.model = args.model or ("far_tiny_t2i" if args.text else "far_tiny")
-    args.layout = args.layout or default_layout(args.model)
-    args.data_dir = os.path.abspath(args.data_dir)
     return args
 
 
-# ---- the recipe
-
-# The paper's sizes (FAR, implementation details): AdamW, lr 1e-4 per 256 images, warm-up for a quarter of the
-# run, then constant, 400 epochs, EMA 0.9999, clip 3. The small ones: minutes on two CPU cores, Muon, lr to 0.
+# ---- Recipes. The paper's sizes (FAR, implementation details): AdamW, lr 1e-4 per 256 images, warm-up for a
+# quarter of the run, then constant, 400 epochs, EMA 0.9999, clip 3; on less than a million images `hour`
+# tokens, the condition's included, which take a current GPU an hour (40% of 400 TFLOP/s). The small ones:
+# minutes on two CPU cores, Muon, lr to 0.
 PAPER = dict(epochs=400, batch=128, lr=1e-4, lr_per=256, warmup=0.25, decay=False, muon=False, ema=0.9999,
              clip=3.0)
-SMALL = dict(batch=128, lr=1.5e-2, warmup=0.05, decay=True, muon=True, ema=0.9999, clip=3.0)
+SMALL = dict(batch=128, lr=1.5e-2, lr_per=None, warmup=0.05, decay=True, muon=True, ema=0.9999, clip=3.0)
 RECIPES = {
     "far_nano": dict(SMALL, steps=3000, batch=32),
     "far_tiny": dict(SMALL, steps=2000),
     "far_tiny_t2i": dict(SMALL, steps=2000, lr=8e-3),
-    "far_s": dict(SMALL, lr=5e-4, muon=False, warmup=0.01),
-    "far_t2i": dict(PAPER, epochs=100, ema=0.99, clip=1.0),
+    "far_s": dict(SMALL, steps=120_000, lr=5e-4, muon=False, warmup=0.01),            # an hour, 30 ms each
+    "far_b": dict(PAPER, hour=4.1e8),
+    "far_l": dict(PAPER, hour=2.2e8),
+    "far_h": dict(PAPER, hour=1.2e8),
+    "far_t2i": dict(PAPER, hour=1.9e8, epochs=100, ema=0.99, clip=1.0),
 }
-HOUR = 3600 * 0.4 * 400e12       # floating-point operations of an hour on a current GPU: 40% of 400 TFLOP/s
 
 
-def make_recipe(args, changes, cfg, n_images, world):
-    """
-    The training recipe as plain numbers: the preset's, with what the command line says instead. The paper's
-    sizes train for its epochs on a million images or more, and elsewhere for an hour of a GPU. InputError.
-    """
-    recipe = {"tokenizer": 2500, "lr_per": None, **RECIPES.get(args.model, PAPER), **changes}
+def configure(args, data, tokenizer_cfg, encoder, world):
+    """FARConfig, and the recipe as plain numbers, of preset, flags, data, tokenizer, encoder. InputError."""
+    changes = dict(args.set)
+    recipe = {**RECIPES[args.model], "tokenizer": tokenizer_cfg.steps}
+    recipe.update({name: changes.pop(name) for name in OF_RECIPE if name in changes})
+    if encoder:
+        changes.update(text_dim=encoder.width, byte_depth=0)
+    elif args.text:
+        changes.update(text_dim=PRESETS[args.model]["width"], byte_depth=2)
+    try:
+        cfg = make_config(args.model, args.layout, tokenizer_cfg.latent_size, tokenizer_cfg.latent_dim,
+                          data.n_class, **changes)
+    except ValueError as error:
+        raise InputError(str(error))
     recipe["batch"] = args.batch or recipe["batch"]
-    recipe["effective"] = effective = recipe["batch"] * args.accum * world
-    n_epochs = recipe.pop("epochs", None)
-    if args.steps:
-        recipe["steps"] = args.steps
-    elif n_epochs and n_images >= 1_000_000:
-        recipe["steps"] = n_epochs * n_images // effective
-    elif "steps" not in recipe:
-        counted = round(HOUR / (count_flops(cfg, 4) / 4 * recipe["batch"] * args.accum))
-        recipe["steps"] = max(1, min(counted, 120_000))     # 30 ms a step: a small one waits for its launches
+    recipe["effective"] = recipe["batch"] * args.accum * world
+    n_epochs, hour = recipe.pop("epochs", None), recipe.pop("hour", None)
+    if n_epochs and len(data) >= 1_000_000:
+        recipe["steps"] = n_epochs * len(data) // recipe["effective"]
+    elif hour:
+        recipe["steps"] = math.ceil(hour / recipe["batch"] / args.accum / (cfg.n_cond + cfg.latent_size ** 2))
+    recipe["steps"] = args.steps or recipe["steps"]
     recipe["warmup"] = math.ceil(recipe["warmup"] * recipe["steps"])
     recipe["tokenizer"] = tokenizer_steps(recipe["tokenizer"], recipe["steps"])
-    if recipe["lr_per"]:
-        recipe["lr"] *= effective / recipe["lr_per"]
+    recipe["lr"] *= recipe["effective"] / (recipe["lr_per"] or recipe["effective"])
     if not (recipe["lr"] > 0 and recipe["clip"] > 0 and 0 <= recipe["ema"] < 1 and recipe["tokenizer"] > 0):
         raise InputError("--set: lr, clip and tokenizer must be above 0, ema from 0 to below 1")
-    return recipe
+    return cfg, recipe
 
 
 def tokenizer_steps(most, steps):
     """Optimizer steps of the tokenizer of a run of `steps`: fewer than usual for a short one."""
     return min(most, max(10, 5 * steps // 4))
-
-
-def count_flops(cfg, batch, build=FAR):
-    """Floating-point operations of a training step, counted by torch without running it."""
-    with torch.device("meta"):
-        model, inputs = build(cfg), some_inputs(cfg, batch, "meta")
-    count = FlopCounterMode(display=False)
-    with count:
-        model(*inputs)[0].backward()
-    return count.get_total_flops()
-
-
-def some_inputs(cfg, batch, device):
-    """Arguments of FAR.forward for a batch of random latents, of class 0 or with a text of twenty tokens."""
-    x = torch.randn(batch, cfg.latent_dim, cfg.latent_size, cfg.latent_size, device=device)
-    labels, text = torch.zeros(batch, dtype=torch.long, device=device), None
-    if cfg.text_dim:
-        width, kind = (12, torch.uint8) if cfg.byte_depth else (cfg.text_dim, torch.float32)
-        text = (torch.ones(batch, 20, width, dtype=kind, device=device),
-                torch.ones(batch, 20, dtype=torch.bool, device=device))
-    return x, Randomness(0, 0, device), labels, text
 
 
 def learning_rate(step, recipe):
@@ -150,25 +143,17 @@ def learning_rate(step, recipe):
     return recipe["lr"] * warm * (1 - step / recipe["steps"] if recipe["decay"] else 1)
 
 
-def make_optimizer(model, recipe, weight_decay=0.02):
-    """
-    AdamW as in FAR: weight decay on whatever has two or more dimensions, but not on the diffusion head. With
-    `muon` (see blocks.py) the matrices of all blocks, the head's too, take its steps, and they alone decay.
-    """
+def make_optimizer(model, recipe):
+    """FAR's AdamW, no decay of vectors and head; with `muon` (blocks.py) only the blocks' matrices decay."""
     hidden = ("encoder.", "decoder.", "head.blocks.", "text_encoder.blocks.")
-    matrices, decayed, free = [], [], []
+    groups = {}
     for name, p in model.named_parameters():
-        if recipe["muon"] and p.ndim == 2 and name.startswith(hidden):
-            matrices.append(p)
-        elif recipe["muon"] or p.ndim < 2 or name.startswith("head."):
-            free.append(p)
-        else:
-            decayed.append(p)
-    groups = [dict(params=matrices, matrices=True, weight_decay=weight_decay),
-              dict(params=decayed, weight_decay=weight_decay), dict(params=free, weight_decay=0.0)]
-    groups = [group for group in groups if group["params"]]
-    fused = free[0].device.type in ("cpu", "cuda")
-    return Muon(groups, lr=recipe["lr"], betas=(0.9, 0.95), fused=fused)
+        matrix = recipe["muon"] and p.ndim == 2 and name.startswith(hidden)
+        decays = matrix or not (recipe["muon"] or p.ndim < 2 or name.startswith("head."))
+        groups.setdefault((matrix, decays), []).append(p)
+    groups = [dict(params=params, matrices=matrix, weight_decay=0.02 if decays else 0.0)
+              for (matrix, decays), params in sorted(groups.items(), reverse=True)]
+    return Muon(groups, lr=recipe["lr"], betas=(0.9, 0.95), fused=p.device.type in ("cpu", "cuda"))
 
 
 @torch.no_grad()
@@ -178,7 +163,12 @@ def update_ema(ema, model, step, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-# ---- one step
+def new_run(build, cfg, recipe, device, **more):
+    """A run before its first step: model, average, optimizer, and what else its steps look at."""
+    model = build(cfg).to(device)
+    return SimpleNamespace(model=model, ema=deepcopy(model).eval().requires_grad_(False), recipe=recipe,
+                           optimizer=make_optimizer(model, recipe), device=device, **more)
+
 
 def train_step(run, batches, step):
     """
@@ -202,149 +192,113 @@ def train_step(run, batches, step):
     return torch.cat([torch.stack(losses).nanmean(dim=0), norm.detach()[None]])
 
 
-class Batches:
-    """
-    The batches of a run from cached latents: draws[number] is a function of (seed, number). A thread works
-    ahead: it reads the view of each image that is needed, into memory that a GPU can copy without waiting.
-    """
-
-    def __init__(self, latents, labels, texts, scale, seed, batch, device, rank=0, world=1):
-        self.latents, self.labels, self.texts, self.scale = latents, labels, texts, scale
-        self.seed, self.batch, self.device, self.rank, self.world = seed, batch, device, rank, world
-        self.waited = 0.0                                        # seconds that training has waited for data
-
-    def __call__(self, start):
-        """Micro-batches from number `start` on, without end: arguments of FAR.forward."""
-        whole = self.batch * self.world
-        numbered = enumerate(epochs(start * whole, whole, len(self.labels), self.seed), start)
-        ready = prefetch(self.read, numbered, ahead=3)
-        while True:
-            clock = time.time()
-            number, *parts = next(ready)
-            self.waited += time.time() - clock
-            mean, logvar, labels, *text = (part.to(self.device, non_blocking=True) for part in parts)
-            draw = Randomness(self.seed + 1, number, self.device, self.rank, self.world)
-            # a fresh sample of each image's posterior, scaled to unit variance
-            x = self.scale * (mean.float() + (0.5 * logvar.float()).exp() * draw(torch.randn, *mean.shape))
-            yield x, draw, labels, tuple(text) or None
-
-    def read(self, numbered):
-        """(number, indices of the global batch) -> number and this rank's part, in host memory."""
-        number, everyone = numbered
-        mine = slice(self.rank * self.batch, (self.rank + 1) * self.batch)
-        chance = Randomness(self.seed + 2, number)
-        u, indices = chance(torch.rand, 2 * len(everyone)).view(2, -1)[:, mine], everyone[mine]
-        view = (u[0] * self.latents.shape[1]).long()                                      # mirrored or not
-        moments = torch.from_numpy(self.latents[indices.tolist(), view.tolist()])    # (B, 2, C, H, H) float16
-        parts = [moments[:, 0], moments[:, 1], self.labels[indices]]
-        parts += self.texts(indices, u[1]) if self.texts else []
-        if self.device.type == "cuda":
-            parts = [part.pin_memory() for part in parts]
-        return number, *parts
+def some_inputs(cfg, batch, device):
+    """Arguments of FAR.forward for a batch of random latents, of class 0 or with a text of twenty tokens."""
+    x = torch.randn(batch, cfg.latent_dim, cfg.latent_size, cfg.latent_size, device=device)
+    labels, text = torch.zeros(batch, dtype=torch.long, device=device), None
+    if cfg.text_dim:
+        shape = batch, 20, 12 if cfg.byte_depth else cfg.text_dim                # bytes or vectors of words
+        words = torch.ones(shape, dtype=torch.uint8, device=device)
+        text = words, words[..., 0].bool()
+    return x, Randomness(0, 0, device), labels, text
 
 
-# ---- the loop
+def cached_batches(run, latents, labels, texts, scale):
+    """Arguments of FAR.forward from step run.start on; micro-batch i is a function of (seed, i). Endless."""
+    size, start = run.recipe["batch"], run.start * run.accum
+    mine, whole = slice(run.rank * size, (run.rank + 1) * size), run.world * size
 
-def fit(run):
-    """
-    Train run.model from run.start to the end of the recipe. Every 50 steps, and on Ctrl-C or SIGTERM, values
-    are read from the device, logged and checked; now and then the run is saved and pictures are drawn. False
-    if it was stopped.
-    """
-    rows, since, saved_at = [], time.time(), time.time()
-    steps, stream = run.recipe["steps"], run.batches(run.start * run.accum)
+    def read(numbered):
+        i, everyone = numbered                                                # indices of the global batch
+        u = Randomness(run.seed + 2, i)(torch.rand, 2 * whole).view(2, -1)[:, mine]
+        indices, view = everyone[mine], (u[0] * latents.shape[1]).long()                  # mirrored or not
+        moments = torch.from_numpy(latents[indices.tolist(), view.tolist()])         # (B, 2, C, H, H) float16
+        parts = [moments, labels[indices], *(texts(indices, u[1]) if texts else [])]
+        return i, [part.pin_memory() if run.device.type == "cuda" else part for part in parts]
+
+    numbered = enumerate(epochs(start * whole, whole, len(labels), run.seed), start)
+    for i, parts in prefetch(read, numbered, ahead=3):                             # a thread reads ahead
+        moments, classes, *text = (part.to(run.device, non_blocking=True) for part in parts)
+        mean, logvar = moments.float().unbind(1)                                          # (B, C, H, H) each
+        draw = Randomness(run.seed + 1, i, run.device, run.rank, run.world)
+        x = scale * (mean + (0.5 * logvar).exp() * draw(torch.randn, *mean.shape))        # a fresh sample
+        yield x, draw, classes, tuple(text) or None
+
+
+def fit(run, stream):
+    """Train run.model on micro-batches to the end of the recipe, or until Ctrl-C or SIGTERM, and save it."""
+    steps, stop, rows = run.recipe["steps"], [], []
+    since = saved_at = time.time()
     light = sum(p.numel() for p in run.ema.parameters()) < 50e6                    # a save costs nothing
     bar = tqdm(range(run.start, steps), "FAR", steps, initial=run.start, unit="step", disable=run.rank > 0)
-    with signals_noted() as stop:
+    with ExitStack() as at_the_end:
+        for name in (signal.SIGINT, signal.SIGTERM):                 # noted only, until the loop has ended
+            at_the_end.callback(signal.signal, name, signal.signal(name, lambda *_: stop.append(1)))
         for step in bar:
-            micro = [next(stream) for _ in range(run.accum)]
-            if run.ema.cfg.dropout:
-                torch.manual_seed((run.seed * 1_000_003 + step) * run.world + run.rank)
-            rows.append(train_step(run, micro, step))
+            batches = [next(stream) for _ in range(run.accum)]
+            torch.manual_seed((run.seed * 1_000_003 + step) * run.world + run.rank)             # of dropout
+            rows.append(train_step(run, batches, step))
             done = step + 1
             if not (done % 50 == 0 or done == steps or (stop and run.world == 1)):
                 continue
-            values, stopping = read_values(rows, stop, run)
-            if not math.isfinite(values[-1]):
-                raise InputError(f"the loss or its gradient is not finite between steps {done - len(rows)} "
-                                 f"and {done}: try --dtype fp32, or --set lr={run.recipe['lr'] / 3:.1e}; "
-                                 f"what {run.out} holds is from before")
-            if run.rank == 0:
-                log(run, bar, done, values, len(rows), time.time() - since)
-                late = time.time() - saved_at > 1800
-                if (light and (done == 100 or done % 500 == 0)) or late or stopping or done == steps:
-                    run.save(done)
-                    saved_at = time.time()
-                    if not stopping:
-                        draw_pictures(run.shown, run.out, run.seed)
-            rows, run.batches.waited, since = [], 0.0, time.time()
+            stopping = log(run, bar, done, rows, stop, time.time() - since)
+            often = light and (done == 100 or done % 500 == 0)
+            if run.rank == 0 and (often or stopping or done == steps or time.time() - saved_at > 1800):
+                save(run, done, pictures=not stopping)
+                saved_at = time.time()
             if stopping:
-                return False
-    return True
+                return
+            rows, since = [], time.time()
 
 
-@contextmanager
-def signals_noted():
-    """A list that is no longer empty once Ctrl-C or SIGTERM has come, which do nothing else in this block."""
-    noted, names = [], (signal.SIGINT, signal.SIGTERM)
-    before = {name: signal.signal(name, lambda *_: noted.append(1)) for name in names}
-    try:
-        yield noted
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-
-def read_values(rows, stop, run):
-    """Loss, error of every band, gradient norm: means over steps and processes; whether any is to stop."""
+def log(run, bar, done, rows, stop, seconds):
+    """Means over steps and processes into metrics.jsonl -> whether any is to stop. InputError on nan, inf."""
     rows = torch.stack(rows)
     mean = rows.nanmean(dim=0)                                          # nan: a band that no step has trained
     mean[-1] = rows[:, -1].mean()                                    # but a gradient that is nan must be seen
     values = torch.cat([mean, mean.new_tensor([len(stop)])])
     if run.world > 1:
-        dist.all_reduce(values)
-    *values, stopping = (values / run.world).tolist()
-    return values, stopping > 0
-
-
-def log(run, bar, done, values, n, seconds):
-    """One line of metrics.jsonl for n steps, and the text beside the bar."""
-    loss, *errors, norm = values
+        torch.distributed.all_reduce(values)
+    loss, *errors, norm, stopping = (values / run.world).tolist()
+    if not math.isfinite(norm):
+        raise InputError(f"loss or gradient are not finite between steps {done - len(rows)} and {done}: try "
+                         f"--dtype fp32, or --set lr={run.recipe['lr'] / 3:.1e}; {run.out} is from before")
     errors = [None if math.isnan(error) else round(error, 6) for error in errors]
-    rate, waiting = run.recipe["effective"] * n / seconds, run.batches.waited / seconds
-    lr = learning_rate(done - 1, run.recipe)
-    line = dict(step=done, loss=loss, bands=errors, lr=lr, grad_norm=norm, images_per_s=rate, waiting=waiting)
-    with open(os.path.join(run.out, "metrics.jsonl"), "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    shown = " ".join("-" if error is None else f"{error:.2f}" for error in errors)
-    bar.set_postfix_str(f"loss {loss:.3f}, bands {shown}, {rate:.0f} img/s, waiting {waiting:.1%}")
+    rate = run.recipe["effective"] * len(rows) / seconds
+    line = dict(step=done, loss=loss, bands=errors, lr=learning_rate(done - 1, run.recipe), grad_norm=norm,
+                images_per_s=rate)
+    bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} img/s")
+    if run.rank == 0:
+        with open(os.path.join(run.out, "metrics.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    return stopping > 0
 
 
-def cut_log(path, start):
-    """Drop the lines beyond step `start`, and half a line from a crash: they will be written again."""
-    kept = []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            whole = [line for line in file if line.endswith("}\n")]
-            kept = [line for line in whole if json.loads(line)["step"] <= start]
-    write_atomically(path, lambda file: file.write("".join(kept).encode()))
+def save(run, step, pictures):
+    """far.pt, which notes how long its log is; and of the averaged weights samples.png and bands.png."""
+    names = ("far.pt", "metrics.jsonl", "samples.png", "bands.png")
+    path, log_path, *grids = (os.path.join(run.out, name) for name in names)
+    model = getattr(run.model, "module", run.model)                      # without the wrapper of several GPUs
+    save_checkpoint(path, dict(
+        kind="far", step=step, run=run.identity, dtype=run.dtype, config=asdict(run.ema.cfg), data=run.data,
+        logged=os.path.getsize(log_path), model=model.state_dict(), ema=run.ema.state_dict(),
+        optimizer=run.optimizer.state_dict()))
+    if pictures:
+        shown = SimpleNamespace(**{**vars(run), "model": run.ema})
+        what, sampling = columns_of(shown), sampling_defaults(run.ema.cfg)
+        draw_pictures(shown, what, 4 * len(what), grids, run.seed, 4 * COLUMNS, **sampling)
 
-
-# ---- the stages of main
 
 def open_inputs(args, device):
     """All that the user gave, opened before any long work: images, text encoder, tokenizer. InputError."""
-    data, held_out = (
-        load_data(args.data, args.size, args.data_dir, split, text=bool(args.text), skip_bad=args.skip_bad,
-                  mirror=args.mirror or None)
-        for split in ("train", "test"))
+    data, held_out = (load_data(args.data, args.size, args.data_dir, split, bool(args.text), args.skip_bad,
+                                args.mirror or None) for split in ("train", "test"))
     if "text_dim" in PRESETS[args.model] and not args.text:
         raise InputError(f"--model {args.model} draws from text: add --text")
     if args.text and not data.captions:
-        raise InputError(f"--text needs captions and {data.name} has none: put NAME.txt or metadata.jsonl "
-                         "beside the images")
+        raise InputError(f"--text: {data.name} has no captions: NAME.txt or metadata.jsonl beside images")
     encoder = load_encoder(args.text, device) if args.text else None
-    layout = "" if args.layout == default_layout(args.model) else f"_{args.layout}"
+    layout = "" if args.layout in (None, default_layout(args.model)) else f"_{args.layout}"
     args.out = args.out or os.path.join("runs", f"{data.name}_{args.model}{layout}")
     given = args.tokenizer or os.path.join(args.out, "tokenizer.pt")     # a run goes on with its own
     tokenizer = load_tokenizer(given) if args.tokenizer or os.path.exists(given) else None
@@ -353,76 +307,36 @@ def open_inputs(args, device):
     return data, held_out, encoder, tokenizer
 
 
-def configure(args, data, tokenizer_cfg, encoder, world):
-    """FARConfig and recipe from preset, layout, data, tokenizer, encoder and --set. InputError."""
-    kinds = {field.name: field.type for field in fields(FARConfig)}
-    for name in ("layout", "latent_size", "latent_dim", "n_class", "text_dim", "byte_depth"):
-        del kinds[name]                                           # these follow from the data and other flags
-    of_recipe = dict(lr=float, ema=float, clip=float, warmup=float, tokenizer=int)
-    kinds.update(of_recipe)
-    changes = {}
-    for item in args.set:
-        name, _, text = item.partition("=")
-        if name not in kinds:
-            raise InputError(f"--set {item}: NAME=VALUE with NAME one of {', '.join(kinds)}")
-        try:
-            changes[name] = {float: number, tuple: whole_numbers}.get(kinds[name], kinds[name])(text)
-        except (ValueError, ArgumentTypeError):
-            raise InputError(f"--set {item}: {text!r} is not a valid {kinds[name].__name__}")
-    recipe_changes = {"tokenizer": tokenizer_cfg.steps}
-    recipe_changes.update({name: changes.pop(name) for name in of_recipe if name in changes})
-    if args.text:
-        preset = PRESETS[args.model]
-        changes["text_dim"] = encoder.width if encoder else preset["width"]
-        changes["byte_depth"] = 0 if encoder else preset.get("byte_depth", 2)
-    try:
-        cfg = make_config(args.model, args.layout, tokenizer_cfg.latent_size, tokenizer_cfg.latent_dim,
-                          data.n_class, **changes)
-    except ValueError as error:
-        raise InputError(str(error))
-    return cfg, make_recipe(args, recipe_changes, cfg, len(data), world)
-
-
-def announce(args, data, cfg, recipe, device):
-    """What will be trained."""
-    others = " or ".join(f"--layout {name}" for name in LAYOUTS if name != args.layout)
+def announce(args, data, cfg, recipe, start, tokenizer_cfg, device, build):
+    """What will be trained, and how long it takes. tokenizer_cfg: of one that has to be trained, or None."""
+    others = " or ".join(f"--layout {name}" for name in LAYOUTS if name != cfg.layout)
     bands = ",".join(map(str, cfg.bands))
-    print(f"{args.model} in the {args.layout} layout (else: {others}), bands {bands}, on {device}, "
-          f"{args.dtype}\n"
-          f"{data.name}: {len(data):,} images of {data.size} px, {data.n_class} classes, "
-          f"{'mirrored half of the time' if data.flip else 'never mirrored'}\n"
-          f"{recipe['steps']:,} steps of {recipe['effective']} images")
-
-
-def estimate(args, data, cfg, recipe, start, tokenizer_cfg, device, build):
-    """How long it will all take, from timed steps. tokenizer_cfg: of one that has to be trained, or None."""
-    model, some = build(cfg).to(device), recipe["batch"]
-    if device.type == "cpu":                             # a large model is timed on fewer images
-        some = max(1, min(some, round(2e11 * some / count_flops(cfg, some))))
-    run = SimpleNamespace(model=model, ema=deepcopy(model), optimizer=make_optimizer(model, recipe),
-                          recipe=recipe, device=device, dtype=args.dtype, world=1)
-    inputs = some_inputs(cfg, some, device)
-    for _ in range(2):                                            # the first prepares memory and kernels
-        began = time.time()
-        train_step(run, [inputs], 0).tolist()
-    stages = {"FAR": (time.time() - began) * recipe["batch"] / some * args.accum * (recipe["steps"] - start)}
+    mirrored = "mirrored half of the time" if data.flip else "never mirrored"
+    print(f"{args.model} in the {cfg.layout} layout (else: {others}), on {device}, {args.dtype}\n"
+          f"{data.name}: {len(data):,} images of {data.size} px, {data.n_class} classes, {mirrored}\n"
+          f"{recipe['steps']:,} steps of {recipe['effective']} images, bands {bands}", flush=True)
+    if tokenizer_cfg and tokenizer_cfg.published:
+        print("above 64 px the published tokenizer is better: --tokenizer kl16.ckpt; ours blurs detail")
+    run = new_run(build, cfg, recipe, device, dtype=args.dtype, world=1)
+    some = recipe["batch"]
+    if device.type == "cpu":          # of a large model some images: 2e11 operations, 6 a weight and token
+        weights = sum(p.numel() for p in run.model.parameters())
+        some = max(1, min(some, round(2e11 / (6 * weights * (cfg.n_cond + cfg.latent_size ** 2)))))
+    inputs = some_inputs(cfg, some, device)                      # the first step prepares memory and kernels
+    _, seconds = timeit.repeat(lambda: train_step(run, [inputs], 0).tolist(), number=1, repeat=2)
+    minutes = {"FAR": seconds / 60 * recipe["batch"] / some * args.accum * (recipe["steps"] - start)}
     if tokenizer_cfg:
-        seconds = time_step(tokenizer_cfg, device, args.dtype)
-        stages["tokenizer"] = seconds * recipe["tokenizer"]
-        views = len(data) * (2 if data.flip else 1)               # to encode is a sixth of a training step
-        stages["latents"] = seconds / tokenizer_cfg.batch / 6 * views
-    shown = ", ".join(f"{name} {seconds / 60:,.1f}" for name, seconds in stages.items())
-    print(f"timed steps say about {sum(stages.values()) / 60:,.1f} minutes: {shown}", flush=True)
-    if device.type == "cpu" and sum(stages.values()) > 7200:
-        print("this is a CPU, for which far_nano and far_tiny are meant; the paper's method at their size: "
-              "python train.py --data fashion_mnist --layout paper")
+        seconds = time_step(tokenizer_cfg, device, args.dtype)    # to encode is a sixth of a training step
+        minutes["tokenizer"] = seconds / 60 * recipe["tokenizer"]
+        minutes["latents"] = seconds / 60 / tokenizer_cfg.batch / 6 * len(data) * (2 if data.flip else 1)
+    total, parts = sum(minutes.values()), ", ".join(f"{name} {part:,.1f}" for name, part in minutes.items())
+    print(f"timed steps say about {total:,.1f} minutes: {parts}", flush=True)
+    if device.type == "cpu" and total > 120:
+        print("far_nano and far_tiny are for a CPU: python train.py --data fashion_mnist --layout paper")
 
 
 def resume_point(path, identity, rank=0):
-    """
-    The last whole checkpoint of this run, or None; in place of a damaged one the one before. InputError if it
-    is another run's.
-    """
+    """The last whole checkpoint of this run, a damaged one put aside, or None. InputError: another run's."""
     for candidate in filter(os.path.exists, (path, previous(path))):
         try:
             found = load_checkpoint(candidate, "far")
@@ -431,45 +345,30 @@ def resume_point(path, identity, rank=0):
             if rank == 0:                        # out of the way, or the next save would keep it in its place
                 os.replace(candidate, f"{candidate}.damaged")
             continue
-        changed = [f"{key} ({found['run'].get(key)} there, {identity[key]} now)"
-                   for key in identity if found["run"].get(key) != identity[key]]
-        if changed:
-            raise InputError(f"{os.path.dirname(path)} belongs to a run with other settings: "
-                             f"{'; '.join(text[:300] for text in changed)}. Choose another --out")
+        for key, now in identity.items():
+            if found["run"].get(key) != now:
+                raise InputError(f"{os.path.dirname(path)} is a run with another {key}: choose another --out "
+                                 f"({str(found['run'].get(key))[:300]} there, {str(now)[:300]} now)")
         return found
-    return None
 
 
-def prepare(args, cfg, recipe, build, scale, latents, before, device):
-    """Model, its average and its optimizer, new or as the checkpoint `before` left them."""
-    torch.manual_seed(args.seed)
-    model = build(cfg).to(device)
+def prepare(run, latents, scale, before, compiled):
+    """Measure the bands of a new run, or go on from the checkpoint `before`; compile and wrap the model."""
     moments = torch.from_numpy(latents[range(min(len(latents), 4096))][:, 0]).float()     # (n, 2, C, H, H)
-    noise = torch.randn(moments[:, 0].shape, generator=step_generator(args.seed, 0))
-    model.measure_band_std((scale * (moments[:, 0] + (0.5 * moments[:, 1]).exp() * noise)).to(device))
-    ema = deepcopy(model).requires_grad_(False)
-    optimizer = make_optimizer(model, recipe)
+    noise = torch.randn(moments[:, 0].shape, generator=step_generator(run.seed, 0))
+    x = scale * (moments[:, 0] + (0.5 * moments[:, 1]).exp() * noise)
+    for model in (run.model, run.ema):
+        model.measure_band_std(x.to(run.device))
     if before:
-        with reading(os.path.join(args.out, "far.pt")):
-            for part, name in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")):
-                part.load_state_dict(before[name])
-        print(f"continuing from step {before['step']}", flush=True)
-    if args.compile:                                            # alike blocks share one; the rest draws noise
-        for block in [*model.encoder, *model.decoder, *model.head.blocks]:
+        with reading(os.path.join(run.out, "far.pt")):
+            for name in ("model", "ema", "optimizer"):
+                getattr(run, name).load_state_dict(before.pop(name))
+        print(f"continuing from step {run.start}", flush=True)
+    if compiled:                                                # alike blocks share one; the rest draws noise
+        for block in [*run.model.encoder, *run.model.decoder, *run.model.head.blocks]:
             block.compile()
-    return model, ema, optimizer
-
-
-def about_data(args, data, encoder, tokenizer):
-    """What sampling must know of the data: plain types for the checkpoint."""
-    about = dict(name=data.name, source=data.source, size=data.size, channels=data.channels,
-                 data_dir=args.data_dir, class_names=data.class_names, tokenizer=fingerprint(tokenizer))
-    if args.text:
-        about.update(text=os.path.abspath(args.text) if os.path.isdir(args.text) else args.text,
-                     text_fingerprint=encoder.fingerprint if encoder else "",
-                     text_dtype=encoder.dtype if encoder else "",
-                     prompts=[data.caption(i, 0.0) for i in range(min(len(data), 8))])
-    return about
+    if run.world > 1:
+        run.model = torch.nn.parallel.DistributedDataParallel(run.model, broadcast_buffers=False)
 
 
 def main(argv=None, build=FAR):
@@ -479,56 +378,47 @@ def main(argv=None, build=FAR):
     tokenizer_cfg = tokenizer.cfg if tokenizer else default_config(data.size, data.channels)
     cfg, recipe = configure(args, data, tokenizer_cfg, encoder, world)
     os.makedirs(args.out, exist_ok=True)
-    lock = rank > 0 or hold_lock(os.path.join(args.out, "lock"), wait=False)          # until the process ends
-    if not lock:
+    if rank == 0 and not (lock := hold_lock(os.path.join(args.out, "lock"), wait=False)):   # until it ends
         raise InputError(f"another training is writing to {args.out}; choose another --out")
-    path = os.path.join(args.out, "far.pt")
     same = {key: value for key, value in recipe.items() if key not in ("batch", "tokenizer")}
     identity = dict(config=asdict(cfg), recipe=same, seed=args.seed, data=data.fingerprint,
                     text=encoder.fingerprint if encoder else "")
-    before = resume_point(path, identity, rank)
+    before = resume_point(os.path.join(args.out, "far.pt"), identity, rank)
     start = before["step"] if before else 0
     shared_cpu = world > 1 and device.type == "cpu"                 # where each might find another one faster
     args.dtype = args.dtype or (before["dtype"] if before else "fp32" if shared_cpu else faster_dtype(device))
-    if rank == 0:
-        announce(args, data, cfg, recipe, device)
-        there = tokenizer or os.path.exists(tokenizer_path(args.data_dir, data, tokenizer_cfg,
-                                                           recipe["tokenizer"]))
-        if not there and tokenizer_cfg.published:
-            print("above 64 px the published tokenizer is better: --tokenizer kl16.ckpt; the one that is "
-                  "trained now blurs detail")
-        if start < recipe["steps"]:
-            estimate(args, data, cfg, recipe, start, None if there else tokenizer_cfg, device, build)
-
+    if rank == 0 and start < recipe["steps"]:
+        path = tokenizer_path(args.data_dir, data, tokenizer_cfg, recipe["tokenizer"])
+        new = None if tokenizer or os.path.exists(path) else tokenizer_cfg
+        announce(args, data, cfg, recipe, start, new, device, build)
     tokenizer = (tokenizer or get_tokenizer(data, held_out, tokenizer_cfg, args.data_dir, recipe["tokenizer"],
                                             args.seed, device, args.dtype)).to(device)
-    about = about_data(args, data, encoder, tokenizer)
+    about = dict(                                           # what sampling must know of the data: plain types
+        name=data.name, source=data.source, size=data.size, channels=data.channels, data_dir=args.data_dir,
+        class_names=data.class_names, tokenizer=fingerprint(tokenizer),
+        text=os.path.abspath(args.text) if os.path.isdir(args.text or "") else args.text,
+        text_fingerprint=identity["text"], text_dtype=encoder.dtype if encoder else "",
+        prompts=[data.caption(i) for i in range(min(len(data), 8))] if args.text else [])
     if before and before["data"]["tokenizer"] != about["tokenizer"]:
         raise InputError(f"{args.out} was trained with another tokenizer: choose another --out")
     if rank == 0:
         save_tokenizer(os.path.join(args.out, "tokenizer.pt"), tokenizer)
-        cut_log(os.path.join(args.out, "metrics.jsonl"), start)
+        images = held_out.batch(range(min(12, len(held_out))))
+        pairs = torch.cat([images, reconstruct(tokenizer, images)])
+        save_grid(os.path.join(args.out, "reconstructions.png"), pairs, len(images))
+        with open(os.path.join(args.out, "metrics.jsonl"), "a") as file:
+            file.truncate(before.get("logged") if before else 0)      # later lines will be written again
     latents, scale = cache_latents(tokenizer, data, args.data_dir, device), tokenizer.latent_scale.item()
     texts = text_source(encoder, data, args.data_dir) if args.text else None
-    model, ema, optimizer = prepare(args, cfg, recipe, build, scale, latents, before, device)
-    before = None                                                    # as large as the model and its optimizer
-    save = lambda step: save_checkpoint(path, dict(
-        kind="far", step=step, run=identity, dtype=args.dtype, config=asdict(cfg), data=about,
-        model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
-    shown = SimpleNamespace(model=ema, tokenizer=tokenizer, encoder=encoder, device=device, dtype=args.dtype,
-                            data=about)
-    finished = fit(SimpleNamespace(
-        model=DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model, ema=ema,
-        optimizer=optimizer, recipe=recipe, start=start, accum=args.accum, out=args.out, seed=args.seed,
-        batches=Batches(latents, data.labels, texts, scale, args.seed, recipe["batch"], device, rank, world),
-        save=save, shown=shown, device=device, dtype=args.dtype, rank=rank, world=world))
-    if rank == 0 and not finished:
-        print(f"\nstopped; all is saved in {args.out}, and the same command continues")
-    elif rank == 0:
-        draw_reconstructions(shown, held_out, os.path.join(args.out, "reconstructions.png"))
-        more = '--prompt "a yellow star above a green square"' if args.text else "--n 64"
-        print(f"pictures: samples.png, bands.png and reconstructions.png in {args.out}\n"
-              f"next:     python sample.py --ckpt {shlex.quote(args.out)} {more}")
+    torch.manual_seed(args.seed)
+    run = new_run(build, cfg, recipe, device, rank=rank, world=world, dtype=args.dtype, seed=args.seed,
+                  accum=args.accum, out=args.out, start=start, identity=identity, data=about,
+                  tokenizer=tokenizer, encoder=encoder)
+    prepare(run, latents, scale, before, args.compile)
+    fit(run, cached_batches(run, latents, data.labels, texts, scale))
+    if rank == 0:
+        print(f"all is saved in {args.out}; if it was stopped, the same command continues\n"
+              f"next: python sample.py --ckpt {shlex.quote(args.out)}")
 
 
 if __name__ == "__main__":

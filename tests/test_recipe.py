@@ -1,5 +1,6 @@
 """How FAR is trained: order of the images, rates, optimizers, averages; and the authors' file format."""
 import argparse
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +11,10 @@ import train
 from blocks import MLP
 from common import InputError, epochs
 from extras import export, published
-from far import PRESETS, make_config
+from extras.benchmark import training_flops
+from far import PRESETS
 from test_far import small
-from tokenizer import AutoencoderKL, TokenizerConfig
+from tokenizer import AutoencoderKL, TokenizerConfig, default_config
 
 
 def test_an_epoch_shows_every_image_once_and_a_stream_starts_anywhere():
@@ -23,15 +25,20 @@ def test_an_epoch_shows_every_image_once_and_a_stream_starts_anywhere():
 
 
 def test_every_size_has_a_recipe_far_b_on_imagenet_has_the_paper_s_and_the_average_warms_up():
-    def recipe_of(model, n_images=50_000, world=1, accum=1):
-        args = SimpleNamespace(model=model, batch=None, accum=accum, steps=None)
-        return train.make_recipe(args, {}, make_config(model, None, 16, 16, 1000), n_images, world)
+    def recipe_of(model, n_images=50_000, world=1, accum="1", size=256):
+        args = train.get_args(["--model", model, "--accum", accum])
+        data = type("Data", (), dict(n_class=1000, __len__=lambda self: n_images))()
+        return train.configure(args, data, default_config(size, 3), None, world)
 
-    for recipe in map(recipe_of, set(PRESETS) - {"far_l", "far_h"}):
+    for size, model in product((32, 256), PRESETS):
+        cfg, recipe = recipe_of(model, size=size)
         assert max(500, recipe["warmup"]) < recipe["steps"] < 150_000 and recipe["lr"] <= 0.015
         assert (train.learning_rate(recipe["steps"] - 1, recipe) < 1e-3 * recipe["lr"]) == recipe["decay"]
-    recipe, steps = recipe_of("far_b", 1_281_167, world=8), 400 * 1_281_167 // 1024
-    assert recipe == recipe_of("far_b", 1_281_167, world=4, accum=2)
+        if model == "far_b":                                   # an hour of a GPU
+            seconds = training_flops(cfg, 1) * recipe["effective"] * recipe["steps"] / (0.4 * 400e12)
+            assert seconds == pytest.approx(3600, rel=0.25)
+    (_, recipe), steps = recipe_of("far_b", 1_281_167, world=8), 400 * 1_281_167 // 1024
+    assert recipe == recipe_of("far_b", 1_281_167, world=4, accum="2")[1]
     assert (recipe["effective"], recipe["steps"], recipe["warmup"]) == (1024, steps, -(-steps // 4))
     rates = [train.learning_rate(step, recipe) for step in (0, recipe["warmup"] - 1, steps - 1)]
     assert rates == pytest.approx([4e-4 / recipe["warmup"], 4e-4, 4e-4])
