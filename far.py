@@ -53,7 +53,6 @@ CHOICES = dict(layout=tuple(LAYOUTS), lowpass=LOWPASSES, grid=("full", "band"), 
                context=("last", "all"), schedule=("cosine", "linear"), predict=("v", "eps"),
                times=("uniform", "logit-normal"), loss_weight=("uniform", "sine", "article"),
                mask=("none", "linear", "truncnorm"))
-MAY_BE_ZERO = ("text_dim", "byte_depth", "head_attention")   # of the whole numbers below
 
 
 @dataclass
@@ -98,7 +97,7 @@ class FARConfig:
             name, value = field.name, getattr(self, field.name)
             if name in CHOICES and value not in CHOICES[name]:
                 raise ValueError(f"{name} is one of {', '.join(CHOICES[name])}, not {value!r}")
-            least = 1 if field.type is int and name not in MAY_BE_ZERO else 0
+            least = 1 if field.type is int and field.default else 0           # what is 0 by default may be 0
             if field.type in (int, float) and name != "times_mean" and value < least:
                 raise ValueError(f"{name} must be at least {least}")
         if max(self.dropout, self.label_drop) >= 1:
