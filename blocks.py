@@ -1,7 +1,5 @@
 """
-The blocks that transformer, diffusion head and text encoder are made of, and Muon, the optimizer of their
-matrices.
-
+The blocks that transformer, diffusion head and text encoder are made of, and Muon, their optimizer.
 Shapes: B images, N tokens, D or W width, M text tokens, d = D / heads.
 """
 import torch
@@ -9,12 +7,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-def fast_attention(q, k, v, mask=None, dropout=0.0):
-    """Attention, (B, heads, N, d) each. On a CPU in float32: there bf16's backward is slow."""
+def attend(q, k, v, n_head, mask=None, dropout=0.0):
+    """q (B, N, D), k and v (B, M, D) -> (B, N, D). On a CPU in float32: there bf16's backward is slow."""
+    q, k, v = (part.unflatten(-1, (n_head, -1)).transpose(1, 2) for part in (q, k, v))    # (B, heads, ., d)
     if q.device.type == "cpu":
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        q, k, v = q.float(), k.float(), v.float()
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -26,19 +25,15 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(cfg.width, 3 * cfg.width), nn.Linear(cfg.width, cfg.width)
 
     def forward(self, x, mask=None, cache=None):
-        # (B, heads, N, d) each
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        q, kv = self.qkv(x).split([x.shape[-1], 2 * x.shape[-1]], dim=-1)                 # keys, then values
         if cache is not None:
-            if self in cache:
-                before = cache[self]                                         # (B, heads, lower, d) each
-                k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
-            cache[self] = k, v
-        y = fast_attention(q, k, v, mask, self.dropout if self.training else 0.0)         # (B, heads, N, d)
-        return F.dropout(self.proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)   # (B, N, D)
+            kv = cache[self] = torch.cat([cache.get(self, kv[:, :0]), kv], dim=1)         # (B, lower + N, 2D)
+        y = attend(q, *kv.chunk(2, dim=-1), self.n_head, mask, self.dropout if self.training else 0.0)
+        return F.dropout(self.proj(y), self.dropout, self.training)                       # (B, N, D)
 
 
 class CrossAttention(nn.Module):
-    """Attention to the text; with a cache, its keys and values are computed once per image."""
+    """Attention to the text, not its padding; with a cache, keys and values are computed once per image."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -50,11 +45,8 @@ class CrossAttention(nn.Module):
         vectors, visible = text                                                           # (B, M, D), (B, M)
         cache = {} if cache is None else cache
         if self not in cache:
-            cache[self] = self.kv(vectors).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        k, v = cache[self]                                                             # (B, heads, M, d) each
-        q = self.q(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)                    # (B, heads, N, d)
-        y = fast_attention(q, k, v, visible[:, None, None])                         # padding is not looked at
-        return self.proj(y.transpose(1, 2).flatten(2))                                    # (B, N, D)
+            cache[self] = self.kv(vectors).chunk(2, dim=-1)                               # (B, M, D) each
+        return self.proj(attend(self.q(x), *cache[self], self.n_head, visible[:, None, None]))    # (B, N, D)
 
 
 class MLP(nn.Module):
@@ -97,35 +89,28 @@ class JointBlock(nn.Module):
 
     def forward(self, h, y):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(y).chunk(6, dim=-1)    # (B, N, W) each
-        u = self.norm1(h) * (1 + scale1) + shift1
-        q, k, v = self.qkv(u).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
-        h = h + gate1 * self.proj(fast_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = self.qkv(self.norm1(h) * (1 + scale1) + shift1).chunk(3, dim=-1)
+        h = h + gate1 * self.proj(attend(q, k, v, self.n_head))
         return h + gate2 * self.fc2(F.gelu(self.fc1(self.norm2(h) * (1 + scale2) + shift2)))
 
 
-# ---- Muon: for weight matrices the step is the momentum with all its singular values set to one, so that
-# rare directions learn as fast as common ones (Jordan et al. 2024, "Muon: An optimizer for hidden layers in
-# neural networks"); its size as in Liu et al. 2025 (arXiv 2502.16982, section 2.2), so that one learning rate
-# serves AdamW too
-
 def orthogonalise(g, steps=5):
-    """
-    About U V^T of each matrix g = U S V^T, (n, a, b), without its singular values: Newton-Schulz iterations x
-    <- c0 x + c1 (x x^T) x + c2 (x x^T)^2 x with Jordan's coefficients, which take the singular values to
-    between 0.7 and 1.2, those below 1/500 of the norm excepted.
-    """
+    """About U V^T of each g = U S V^T, (n, a, b): singular values over 1/500 of its norm end at .7 to 1.2."""
     tall = g.shape[1] > g.shape[2]
     x = (g.mT if tall else g).contiguous()                      # (n, short, long): x x^T is the small product
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        a = x @ x.mT                                                     # (n, short, short)
+    for _ in range(steps):        # Newton-Schulz: x <- 3.4445 x - 4.7750 x x^T x + 2.0315 (x x^T)^2 x
+        a = x @ x.mT                                                                      # (n, short, short)
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, b, x, beta=3.4445)
     return x.mT if tall else x
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW whose groups marked `matrices=True` take Muon's steps."""
+    """
+    AdamW, but groups marked `matrices=True` step along their momentum with its singular values set to one, so
+    that rare directions learn as fast as common ones: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+    """
 
     @torch.no_grad()
     def step(self):
@@ -140,13 +125,11 @@ class Muon(torch.optim.AdamW):
             if p.grad is not None:
                 if p not in self.state:                   # AdamW asks for a step of every state that it loads
                     self.state[p] = dict(step=torch.zeros(()), momentum=torch.zeros_like(p))
-                average = self.state[p]["momentum"]
-                average.lerp_(p.grad, 1 - momentum)
-                direction = p.grad.lerp(average, momentum)               # Nesterov's
-                by_shape.setdefault(direction.shape, []).append((p, direction))
+                average = self.state[p]["momentum"].lerp_(p.grad, 1 - momentum)
+                by_shape.setdefault(p.shape, []).append((p, p.grad.lerp(average, momentum)))      # Nesterov's
                 p.grad = None
         for shape, pairs in by_shape.items():                  # of one shape together: fewer, larger products
-            stack = torch.stack([direction for _, direction in pairs])
-            size = group["lr"] * 0.2 * max(shape) ** 0.5                # about the step that AdamW would take
-            for (p, _), update in zip(pairs, orthogonalise(stack).float()):
+            size = group["lr"] * 0.2 * max(shape) ** 0.5       # about AdamW's: arXiv 2502.16982, section 2.2
+            updates = orthogonalise(torch.stack([direction for _, direction in pairs])).float()
+            for (p, _), update in zip(pairs, updates):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)

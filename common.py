@@ -2,23 +2,21 @@
 import argparse
 import errno
 import hashlib
-import math
+import itertools
 import mmap
 import os
 import signal
 import sys
 import timeit
 import zipfile
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from datetime import timedelta
-from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
+from filelock import FileLock, Timeout                                                  # comes with torch
+from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
 
@@ -35,15 +33,12 @@ def command_line(main):
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
-        return
-    except InputError as error:
-        code, line = 2, f"error: {' '.join(str(error).split())}"
-    except OSError as error:
-        code, line = 2, f"error: {why(error)}: {error.filename or 'while reading or writing'}"
+    except (InputError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        code, line = 130, "interrupted"
-    print(line, file=sys.stderr)
-    sys.exit(code)
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def why(error):
@@ -74,29 +69,24 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see python {self.prog} --help)\n")
 
 
-def number(text):
-    """A flag's value as a float; nan and inf are refused."""
-    if not math.isfinite(float(text)):
-        raise argparse.ArgumentTypeError(f"a finite number, not {text!r}")
-    return float(text)
+def limited(kind, least, most):
+    """A reader of flags: text -> a number of `kind` from least to most, and never nan or inf."""
+    def number(text):
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"a number from {least} to {most}, not {text!r}")
+        return kind(text)
+    return number
 
 
-def positive(text, least=1):
-    """A flag's value as a whole number from `least` to a billion."""
-    if not (text.isascii() and text.isdigit() and least <= int(text) <= 10 ** 9):
-        raise argparse.ArgumentTypeError(f"a whole number from {least} to 1000000000, not {text!r}")
-    return int(text)
-
-
-seed_number = partial(positive, least=0)
+number = limited(float, -1e9, 1e9)
+positive = limited(int, 1, 10 ** 9)
+seed_number = limited(int, 0, 10 ** 9)
 
 
 def whole_numbers(text):
     """ "1,2,4" -> (1, 2, 4), each from 1."""
     return tuple(positive(part) for part in text.split(","))
 
-
-# ---- device, arithmetic, random numbers
 
 def pick_device(name=None):
     """The device by name, or the best there is: cuda, mps, cpu. Raises InputError."""
@@ -121,12 +111,11 @@ def faster_dtype(device):
     if device.type != "cpu":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if has_bf16 else "fp32"
-
-    def seconds(kind):
-        layer, x = nn.Linear(256, 1024).to(kind), torch.randn(2048, 256, dtype=kind)
-        return min(timeit.repeat(lambda: layer(x).sum().backward(), number=1, repeat=4))
-
-    return "bf16" if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else "fp32"
+    seconds = []
+    for kind in (torch.bfloat16, torch.float32):
+        layer, x = torch.nn.Linear(256, 1024).to(kind), torch.randn(2048, 256, dtype=kind)
+        seconds.append(min(timeit.repeat(lambda: layer(x).sum().backward(), number=1, repeat=4)))
+    return "bf16" if seconds[0] < 0.8 * seconds[1] else "fp32"
 
 
 def step_generator(seed, step, device="cpu"):
@@ -137,13 +126,11 @@ def step_generator(seed, step, device="cpu"):
 
 def epochs(start, count, n, seed):
     """Batches of indices (count,) of an endless stream of shuffled epochs over n images, from `start` on."""
-    (epoch, at), order = divmod(start, n), torch.arange(0)
+    order = lambda epoch: torch.randperm(n, generator=step_generator(seed, epoch)).tolist()
+    indices = itertools.chain.from_iterable(map(order, itertools.count(start // n)))
+    indices = itertools.islice(indices, start % n, None)
     while True:
-        while len(order) < count:
-            order = torch.cat([order, torch.randperm(n, generator=step_generator(seed, epoch))[at:]])
-            epoch, at = epoch + 1, 0
-        yield order[:count]
-        order = order[count:]
+        yield torch.tensor(list(itertools.islice(indices, count)))
 
 
 # ---- several processes, started by torchrun: each works on its share, process 0 writes
@@ -160,8 +147,7 @@ def join_processes(device):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        # minutes are enough: what takes long is waited for in `only_one`, not in a collective
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")    # long work: in `only_one`
     return rank, world, device
 
 
@@ -172,14 +158,12 @@ def threads():
 
 def prefetch(function, items, ahead=2):
     """function(item) of every item in order; a thread prepares the next ones while the caller works."""
-    waiting = deque()
     with ThreadPoolExecutor(1) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
+        jobs = (pool.submit(function, item) for item in items)
+        waiting = list(itertools.islice(jobs, ahead))
         while waiting:
-            yield waiting.popleft().result()
+            waiting.extend(itertools.islice(jobs, 1))
+            yield waiting.pop(0).result()
 
 
 # ---- files: made once, by whoever comes first; whole at any moment
@@ -190,69 +174,48 @@ def digest(*parts):
 
 
 def hold_lock(path, wait):
-    """The file `path`, locked until it is closed or the process ends; None if it is taken and not `wait`."""
-    file = open(path, "a")
+    """A lock, until it is released or the process ends; None if another one has it and we do not `wait`."""
+    lock = FileLock(path)
     try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass                                                     # Windows has none: nothing is locked
-    except BlockingIOError:
-        if not wait:
-            file.close()
-            return None
-        if rank_and_world()[0] == 0:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        if wait and rank_and_world()[0] == 0:
             print(f"waiting for another process, which holds {path}", file=sys.stderr, flush=True)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    return file
+        return lock.acquire() if wait else None
 
 
 @contextmanager
 def only_one(path):
     """Inside, make `path` if it is not there by then: no other process is inside at the same time."""
-    if os.path.exists(path):
+    with nullcontext() if os.path.exists(path) else hold_lock(f"{path}.lock", wait=True):
         yield
-        return
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with hold_lock(f"{path}.lock", wait=True):
-        yield
-        if os.path.exists(path):
-            with suppress(OSError):                              # Windows does not remove what is open
-                os.remove(f"{path}.lock")
+    with suppress(OSError):                   # whoever waits for it finds `path`, as does who comes later
+        os.remove(f"{path}.lock")
 
 
-class Parts:
+class Parts(ConcatDataset):
     """Arrays (n, ...), mapped from the disk, one after the other: rows are read by 8 threads."""
+    pool = ThreadPoolExecutor(8)
 
     def __init__(self, arrays):
-        self.arrays, self.starts = arrays, np.cumsum([0, *map(len, arrays)])
-        self.pool = ThreadPoolExecutor(8)
-        self.shape = (int(self.starts[-1]), *arrays[0].shape[1:])
-
-    def __len__(self):
-        return self.shape[0]
+        super().__init__(arrays)
+        self.arrays, self.shape = arrays, (len(self), *arrays[0].shape[1:])
 
     def __getitem__(self, rows):
         """Row numbers, or (row numbers, an index into each row) -> array (n, ...)."""
         rows, inner = rows if isinstance(rows, tuple) else (rows, [slice(None)] * len(rows))
-        which = np.searchsorted(self.starts, rows, side="right") - 1
-        places = list(zip(which, rows - self.starts[which], inner))
-        shares = [places[i:i + 16] for i in range(0, len(places), 16)]
-        read = lambda share: np.stack([self.arrays[part][row][i] for part, row, i in share])
-        return np.concatenate(list(self.pool.map(read, shares)))
+        row = super().__getitem__
+        return np.stack(list(self.pool.map(lambda number, index: row(number)[index], rows, inner)))
 
 
 def make_parts(folder, n, make, desc, size=2048, batch=128, unit="img"):
-    """
-    Parts of n rows, made once: a file in `folder` for every `size` of them, shared among the processes; an
-    interrupted one goes on with the next file. make(range) -> the rows of at most `batch` items.
-    """
+    """Parts of n rows, made once: files of `size` rows in `folder`, by make(range of at most `batch`)."""
     path = lambda items: os.path.join(folder, f"{items.start:09d}-{items.stop:09d}.npy")  # for any n
     ranges, (rank, world) = [range(i, min(i + size, n)) for i in range(0, n, size)], rank_and_world()
     todo = [items for items in ranges if not os.path.exists(path(items))]
-    todo.sort(key=lambda items: items.start // size % world != rank)                      # mine first
-    with tqdm(total=n, initial=n - sum(map(len, todo)), desc=desc, unit=unit,
-              disable=rank > 0 or not todo) as bar:
+    todo.sort(key=lambda items: items.start // size % world != rank)         # mine first: all share the work
+    there = n - sum(map(len, todo))
+    with tqdm(total=n, initial=there, desc=desc, unit=unit, disable=rank > 0 or there == n) as bar:
         for items in todo:
             with only_one(path(items)):
                 if not os.path.exists(path(items)):
@@ -260,8 +223,7 @@ def make_parts(folder, n, make, desc, size=2048, batch=128, unit="img"):
                     for first in range(0, len(items), batch):
                         made.append(make(items[first:first + batch]))
                         bar.update(len(items[first:first + batch]))
-                    whole = np.concatenate(made)
-                    write_atomically(path(items), lambda file: np.save(file, whole))
+                    write_atomically(path(items), lambda file: np.save(file, np.concatenate(made)))
     arrays = []
     for items in ranges:
         with reading(path(items)):
@@ -283,7 +245,7 @@ def write_atomically(path, write):
             os.fsync(file.fileno())                           # on the disk before the name points at it
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                         # torch.save's full disk: RuntimeError
-        if os.path.exists(temporary):
+        with suppress(OSError):
             os.remove(temporary)
         raise InputError(f"could not write {path} ({why(error)}); what was there before is kept")
 
@@ -298,23 +260,18 @@ def save_checkpoint(path, content):
 
 def previous(path):
     """Where `save_checkpoint` keeps the file before the last one: far.pt -> far.prev.pt."""
-    stem, extension = os.path.splitext(path)
-    return f"{stem}.prev{extension}"
+    return "{}.prev{}".format(*os.path.splitext(path))
 
 
 def load_checkpoint(path, kind=None, allow=()):
-    """
-    Read a checkpoint, on the CPU, without running any code in it; `allow` lists harmless classes. InputError
-    on a missing, damaged (by the zip's CRC32 sums) or dangerous file, or one of another "kind".
-    """
+    """Read a checkpoint, on the CPU, without running code in it; `allow`: harmless classes. InputError."""
     if not os.path.isfile(path):
         raise InputError(f"there is no file {path}")
-    with reading(path), open(path, "rb") as file, torch.serialization.safe_globals(list(allow)):
-        if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):
+    with reading(path), torch.serialization.safe_globals(list(allow)):
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"its part {damaged} does not match its checksum")
-        file.seek(0)
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception:                 # no cause: torch's is long, and advises to run the code in the file
             raise InputError(f"{path} is refused: not a checkpoint, truncated, or with code or classes in it")
     if kind and not (isinstance(content, dict) and content.get("kind") == kind):

@@ -1,23 +1,21 @@
 """
-The tokenizer, a continuous KL autoencoder: an image becomes a small grid of continuous tokens, and back.
-
-The network is latent diffusion's AutoencoderKL (Rombach et al. 2022, appendix G); the published KL-16,
-kl16.ckpt, loads into it. Small ones, which train.py trains where there is none, fold a token's pixels into
-channels: one level.
+The tokenizer, a continuous KL autoencoder: an image becomes a small grid of continuous tokens, and back. Its
+network is latent diffusion's AutoencoderKL (Rombach et al. 2022, appendix G), into which the published KL-16,
+kl16.ckpt, loads; the small ones of train.py fold a token's pixels into channels and have one level.
 Shapes: B images, S side of the image, c image channels, C latent channels, H = S / stride side of the grid.
 """
-import functools
 import hashlib
 import math
 import os
 import timeit
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
+from tqdm import trange
 
 from common import (InputError, autocast, digest, epochs, load_checkpoint, make_parts, only_one, prefetch,
                     reading, step_generator, write_atomically)
@@ -51,11 +49,8 @@ def default_config(size, channels):
 
 # ---- the network, with the names of the published file
 
-conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
-
-
-def group_norm(n):
-    return nn.GroupNorm(math.gcd(32, n), n, eps=1e-6)
+conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)
+group_norm = lambda n: nn.GroupNorm(math.gcd(32, n), n, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -83,8 +78,7 @@ class AttnBlock(nn.Module):
     def forward(self, x):
         y = self.norm(x)
         q, k, v = (f(y).flatten(2).mT for f in (self.q, self.k, self.v))                  # (B, HW, n) each
-        y = F.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape)                   # (B, n, H, W)
-        return x + self.proj_out(y)
+        return x + self.proj_out(F.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape))
 
 
 def middle(n):
@@ -98,8 +92,8 @@ class Encoder(nn.Module):
     def __init__(self, cfg, n_in, widths):
         super().__init__()
         self.conv_in, self.down = conv3(n_in, widths[0]), nn.ModuleList()
-        for before, n in zip([widths[0], *widths], widths):
-            last, n_res = len(self.down) == len(widths) - 1, 2 if cfg.published else 1
+        for level, (before, n) in enumerate(zip([widths[0], *widths], widths), 1):
+            last, n_res = level == len(widths), 2 if cfg.published else 1
             block = nn.ModuleList(ResBlock(n if j else before, n) for j in range(n_res))
             attn = nn.ModuleList(AttnBlock(n) if last and cfg.published else nn.Identity() for _ in block)
             # the published weights were trained with padding on the right and below only
@@ -185,12 +179,6 @@ def reconstruct(tokenizer, images):
     return torch.cat([to_uint8(tokenizer.decode(tokenizer.encode(part)[0])).cpu() for part in parts])
 
 
-def psnr(a, b):
-    """Peak signal-to-noise ratio in dB of uint8 images a and b, (B, c, S, S) each, all of them at once."""
-    errors = [F.mse_loss(x.float(), y.float()) for x, y in zip(a, b)]
-    return 10 * math.log10(255 ** 2 / max(torch.stack(errors).mean().item(), 1e-10))
-
-
 def save_tokenizer(path, tokenizer):
     """Write a finished tokenizer where `load_tokenizer` reads it."""
     content = dict(kind="tokenizer", config=asdict(tokenizer.cfg), model=tokenizer.state_dict(),
@@ -236,33 +224,30 @@ def fingerprint(module):
 
 def autoencoder_loss(tokenizer, image, noise):
     """
-    Mean absolute error of pixels and of their local contrast, and the KL divergence of latents from a unit
-    Gaussian (Rombach et al. 2022, eq. 25; the contrast stands for its adversarial term, or detail blurs).
-    image (B, c, S, S), noise (B, C, H, H) -> loss, error, KL per latent number.
+    Absolute error of pixels and local contrast, and KL divergence from a unit Gaussian: Rombach et al. 2022,
+    eq. 25, with the contrast for its adversarial term. image (B, c, S, S), noise (B, C, H, H) -> ().
     """
     mean, logvar = (part.float() for part in tokenizer.encode(image))
     made = tokenizer.decode(mean + (0.5 * logvar).exp() * noise).float()
-    error = (made - image).abs().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
-    loss = error + 1e-2 * kl.sum() / image.numel()
+    loss = (made - image).abs().mean() + 1e-2 * kl.sum() / image.numel()
     for axis in (2, 3):           # how much neighbouring pixels differ in windows of 4 x 4, down and across
         a, b = ((F.avg_pool2d(x.diff(dim=axis).square(), 4, 2) + 1e-3).sqrt() for x in (made, image))
         loss = loss + (a - b).abs().mean()
-    return loss, error, kl.mean()
+    return loss
 
 
 @torch.no_grad()
 def start_from_patches(tokenizer, images):
     """The linear path starts as the PCA of patches of images (n, c, S, S), the network as nothing beside."""
     into, out, C = tokenizer.shortcut_in, tokenizer.shortcut_out, tokenizer.cfg.latent_dim
-    n = min(C, into.in_channels)
     x = F.pixel_unshuffle(images, tokenizer.cfg.stride).movedim(1, -1).flatten(0, -2).cpu().double()
     mean = x.mean(dim=0)                                                                  # (c stride^2,)
     values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))               # increasing
-    scale = values[-n:].mean().sqrt().item()                                        # unit variance on average
-    mean, vectors = mean.to(into.weight), vectors[:, -n:].to(into.weight)             # float32, on the device
-    into.weight[:n, :, 0, 0], into.bias[:n] = vectors.T / scale, -(vectors.T @ mean) / scale
-    out.weight[:, :n, 0, 0], out.bias[:] = vectors * scale, mean
+    scale = values[-C:].mean().sqrt().item()                                        # unit variance on average
+    mean, vectors = mean.to(into.weight), vectors[:, -C:].to(into.weight)             # float32, on the device
+    into.weight[..., 0, 0], into.bias[:] = vectors.T / scale, -(vectors.T @ mean) / scale
+    out.weight[..., 0, 0], out.bias[:] = vectors * scale, mean
     for p in (*tokenizer.encoder.conv_out.parameters(), *tokenizer.decoder.conv_out.parameters()):
         p.zero_()
     tokenizer.quant_conv.bias[:] = 0
@@ -270,7 +255,7 @@ def start_from_patches(tokenizer, images):
 
 
 def train_step(tokenizer, optimizer, images, flip, step, steps, seed, dtype):
-    """A step on uint8 images (B, c, S, S), never waiting for the device -> error, KL, gradient norm, (3,)."""
+    """A step on uint8 images (B, c, S, S), never waiting for the device -> the gradient's norm, ()."""
     cfg, device, n = tokenizer.cfg, images.device, len(images)
     draw = dict(generator=step_generator(seed, step, device), device=device)
     # warm-up over 100 steps, half of a short run, then a cosine to zero: a run of any length is finished
@@ -281,12 +266,12 @@ def train_step(tokenizer, optimizer, images, flip, step, steps, seed, dtype):
         images = torch.where(torch.rand(n, 1, 1, 1, **draw) < 0.5, images.flip(-1), images)
     noise = torch.randn(n, cfg.latent_dim, cfg.latent_size, cfg.latent_size, **draw)
     with autocast(device, dtype):
-        loss, error, kl = autoencoder_loss(tokenizer, images, noise)
+        loss = autoencoder_loss(tokenizer, images, noise)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return torch.stack([error, kl, norm]).detach()
+    return norm
 
 
 def time_step(cfg, device, dtype):
@@ -294,30 +279,24 @@ def time_step(cfg, device, dtype):
     tokenizer = AutoencoderKL(cfg).to(device)
     optimizer = torch.optim.AdamW(tokenizer.parameters())
     images = torch.zeros(cfg.batch, cfg.image_channels, cfg.image_size, cfg.image_size, device=device)
-    step = lambda: train_step(tokenizer, optimizer, images, False, 0, 1, 0, dtype).tolist()
+    step = lambda: train_step(tokenizer, optimizer, images, False, 0, 1, 0, dtype).item()
     return timeit.repeat(step, number=1, repeat=2)[1]
 
 
 def train_tokenizer(data, cfg, path, steps, seed=0, device="cpu", dtype="fp32"):
     """Train a tokenizer on `data` and leave it at `path`; on a CPU the same seed gives the same bits."""
     torch.manual_seed(seed)
-    tokenizer, rows = AutoencoderKL(cfg).to(device), []
+    tokenizer = AutoencoderKL(cfg).to(device)
     some = next(epochs(0, min(len(data), 2048), len(data), seed))
     if not cfg.published:
         start_from_patches(tokenizer, to_unit(data.batch(some)).to(device))
     optimizer = torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     # the thread that reads also copies to the device: training never waits for it
     batches = prefetch(lambda indices: data.batch(indices).to(device), epochs(0, cfg.batch, len(data), seed))
-    bar = tqdm(range(steps), desc="tokenizer", unit="step")
-    for step in bar:
-        rows.append(train_step(tokenizer, optimizer, next(batches), data.flip, step, steps, seed, dtype))
-        if len(rows) == 50 or step == steps - 1:
-            error, kl, norm = torch.stack(rows).mean(dim=0).tolist()
-            bar.set_postfix_str(f"L1 {error:.4f} KL {kl:.2f}", refresh=False)
-            if not math.isfinite(norm):
-                raise InputError(f"the tokenizer's loss or its gradient is not finite between steps "
-                                 f"{step + 1 - len(rows)} and {step + 1}: try train.py with --dtype fp32")
-            rows = []
+    for step in trange(steps, desc="tokenizer", unit="step"):
+        norm = train_step(tokenizer, optimizer, next(batches), data.flip, step, steps, seed, dtype)
+    if not math.isfinite(norm.item()):                  # as it stays from the first step on where it was not
+        raise InputError("the tokenizer's gradient is not finite: try train.py with --dtype fp32")
     tokenizer.eval().requires_grad_(False)
     generator, latents = step_generator(seed, 1), []                 # unit variance: Rombach et al. 2022, G
     for indices in some.split(32):
@@ -341,7 +320,8 @@ def get_tokenizer(data, held_out, cfg, data_dir, steps, seed=0, device="cpu", dt
         if not os.path.exists(path):
             tokenizer = train_tokenizer(data, cfg, path, steps, seed, device, dtype)
             images = held_out.batch(torch.arange(min(1000, len(held_out))))
-            print(f"tokenizer: {psnr(images, reconstruct(tokenizer, images)):.2f} dB on held-out images, "
+            error = F.mse_loss(reconstruct(tokenizer, images).float(), images.float()).item()
+            print(f"tokenizer: {10 * math.log10(255 ** 2 / max(error, 1e-10)):.2f} dB on held-out images, "
                   f"latent scale {tokenizer.latent_scale.item():.4f}, written: {path}", flush=True)
     return load_tokenizer(path).to(device)
 

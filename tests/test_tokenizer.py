@@ -1,9 +1,7 @@
 """The tokenizer: agreement with the published one, training, files, latents, two at one data folder."""
-import math
 import os
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from unittest.mock import DEFAULT, Mock
 
 import numpy as np
@@ -12,7 +10,7 @@ import torch
 
 import tokenizer
 from common import InputError, make_parts
-from data import Images
+from data import Images, load_data
 from tokenizer import AutoencoderKL, TokenizerConfig, cache_latents, fingerprint, to_unit, train_tokenizer
 
 GOLDEN = os.environ.get("FAR_GOLDEN", os.path.join(os.path.dirname(__file__), "..", "..", "shared", "golden"))
@@ -20,12 +18,9 @@ CONFIG = TokenizerConfig(3, 16, 4, 8, 8)
 
 
 def pictures(n=24):
-    """A data set of n bright squares on dark ground, whose reading is counted."""
-    pixels = np.zeros((n, 3, 16, 16), np.uint8)
-    for i in range(n):
-        x, y, color = i % 9, i // 9 % 9, np.array([250, 40 * (i % 7), 30 * (i % 5)])
-        pixels[i, :, y:y + 6, x:x + 6] = color[:, None, None]
-    data = Images(pixels, "squares", 16, True, np.zeros(n), ["all"], f"some{n}")
+    """A data set of n drawn shapes, whose reading is counted."""
+    pixels = load_data("shapes", 16).batch(range(n)).numpy()
+    data = Images(pixels, "some", 16, True, np.zeros(n), ["all"], f"some{n}")
     data.batch = Mock(wraps=data.batch)
     return data
 
@@ -41,7 +36,7 @@ def test_it_agrees_with_the_authors():
     published = tokenizer.load_tokenizer(os.path.join(GOLDEN, "kl16_tiny.ckpt"))
     found = *published.encode(d["image"]), published.decode(d["mean"])
     assert all(torch.allclose(a, d[b], atol=1e-4) for a, b in zip(found, ("mean", "logvar", "decoded")))
-    assert math.isclose(published.latent_scale.item(), 0.2325, rel_tol=1e-6) and published.cfg.stride == 16
+    assert published.latent_scale == torch.tensor(0.2325) and published.cfg.stride == 16
 
 
 def test_the_tokenizer_follows_the_size_of_the_images():
@@ -62,13 +57,12 @@ def test_the_tokenizer_follows_the_size_of_the_images():
 def test_it_learns_and_its_scaled_latents_have_unit_variance(tmp_path):
     data, levels = pictures(), torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     images = data.batch(range(24))
-    trained = train_tokenizer(data, TokenizerConfig(3, 16, 4, 64, 16), str(tmp_path / "t.pt"), steps=75)
-    assert tokenizer.psnr(images, tokenizer.reconstruct(trained, images)) > 15, "their mean colour has 12.7"
+    trained = train_tokenizer(data, TokenizerConfig(3, 16, 4, 32, 16), str(tmp_path / "t.pt"), steps=75)
+    error = (tokenizer.reconstruct(trained, images) - images.float()).square().mean()
+    assert error < 100, "their mean colour has 7400"
     mean, logvar = trained.encode(to_unit(images))
     x = trained.latent_scale * (mean + (0.5 * logvar).exp() * torch.randn(mean.shape))
-    assert 0.95 < x.std() < 1.05
-    assert math.isclose(tokenizer.psnr(levels, levels ^ 1), 20 * math.log10(255), rel_tol=1e-5)
-    assert torch.equal(tokenizer.to_uint8(to_unit(levels)), levels)
+    assert 0.95 < x.std() < 1.05 and torch.equal(tokenizer.to_uint8(to_unit(levels)), levels)
 
 
 @pytest.mark.parametrize("cfg", [CONFIG, TokenizerConfig(3, 32, 16, 8, 8, published=True)])
@@ -82,13 +76,8 @@ def test_a_step_never_waits_for_the_device_and_a_training_ends_at_nothing(cfg):
     assert 1 <= rates.index(max(rates)) < 5 and 0 < rates[-1] < 0.05 * max(rates)
 
 
-def test_a_training_is_a_function_of_the_seed_and_leaves_nothing_or_a_whole_file(tmp_path, monkeypatch):
+def test_a_training_is_a_function_of_the_seed_and_bad_files_are_refused(tmp_path, monkeypatch):
     data, paths = pictures(), [str(tmp_path / name) for name in ("a.pt", "b.pt")]
-    data.batch.side_effect = [DEFAULT] * 4 + [KeyboardInterrupt]
-    with pytest.raises(KeyboardInterrupt):
-        train_tokenizer(data, CONFIG, paths[0], steps=6)
-    assert not os.listdir(tmp_path)
-    data.batch.side_effect = None
     one, two = (fingerprint(train_tokenizer(data, CONFIG, path, steps=6)) for path in paths)
     assert one == two == fingerprint(tokenizer.load_tokenizer(paths[0]))
     for bad in (None, dict(kind="far", model={}), dict(torch.load(paths[0]), model={})):
@@ -96,7 +85,7 @@ def test_a_training_is_a_function_of_the_seed_and_leaves_nothing_or_a_whole_file
         with pytest.raises(InputError, match="b.pt is damaged or not what it should be"):
             tokenizer.load_tokenizer(paths[1])
     monkeypatch.setattr(tokenizer, "to_unit", lambda images: images / 0)
-    with pytest.raises(InputError, match="not finite between steps 0 and 6: try .*--dtype fp32"):
+    with pytest.raises(InputError, match="not finite: try .*--dtype fp32"):
         train_tokenizer(data, CONFIG, paths[1], steps=6)
 
 
@@ -109,7 +98,7 @@ def test_latents_are_cached_once_in_float32_and_continue_where_they_were_interru
     images, rows = to_unit(data.batch(range(4))), torch.from_numpy(whole[range(4)])      # one batch of both
     for view, shown in enumerate((images, images.flip(-1))):
         assert torch.equal(torch.stack(model.encode(shown), dim=1).half(), rows[:, view])
-    encode = partial(cache_latents, model, data, str(tmp_path / "b"))
+    encode = lambda: cache_latents(model, data, str(tmp_path / "b"))
     data.batch.side_effect = [DEFAULT] * 3 + [KeyboardInterrupt]
     with pytest.raises(KeyboardInterrupt):
         encode()
@@ -132,14 +121,14 @@ def test_the_memory_of_caching_and_reading_latents_does_not_grow_with_the_data(t
     assert peaks[1] < peaks[0] + 512 * 2 * 64 * 16 * 2 / 10, peaks
 
 
-def test_two_at_once_on_one_data_folder_make_everything_once(tmp_path, small_files):
-    data, held_out = pictures(96), pictures()
+def test_two_at_once_on_one_data_folder_make_everything_once(tmp_path, small_files, capsys):
+    data = pictures(96)
 
     def work(_):
-        model = tokenizer.get_tokenizer(pictures(96), held_out, CONFIG, str(tmp_path), steps=9)
+        model = tokenizer.get_tokenizer(pictures(96), pictures(), CONFIG, str(tmp_path), steps=9)
         return cache_latents(model, data, str(tmp_path))[range(96)].astype(float).sum()
 
     with ThreadPoolExecutor(2) as pool:              # locks are held by open files: threads have their own
         one, two = pool.map(work, range(2))
-    assert one == two and held_out.batch.call_count == 1 and data.batch.call_count == 96 / 4, "made twice"
-    assert not [name for name in os.listdir(tmp_path) if name.endswith((".lock", ".tmp"))]
+    assert one == two and capsys.readouterr().out.count(" dB ") == 1 and data.batch.call_count == 96 / 4
+    assert not [path.name for path in tmp_path.rglob("*") if path.suffix in (".lock", ".tmp")]
