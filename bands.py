@@ -185,7 +185,7 @@ def main(argv=None):
     path = parser.parse_args(argv).picture
     picture = to_unit(torch.from_numpy(load_image(path, size=128))[None])                     # (1, 3, 128, 128)
     bands, out = doubling_bands(128), f"{os.path.splitext(path)[0]}_bands.png"
-    save_grid(out, to_uint8(draw_ladder(picture, bands)), len(bands), scale=1)
+    save_grid(out, to_uint8(draw_ladder(picture, bands)), len(bands))
     print(f"columns: k = {', '.join(map(str, bands))} of 128 frequencies per axis\n"
           f"rows: {' and '.join(LOWPASSES)}, each: the picture after every band, then what each band adds\n"
           f"written: {out}")

@@ -1,31 +1,22 @@
 """
-Text for FAR: captions become a sequence of vectors that every block looks at by cross-attention.
-
-Shapes: B captions, M tokens of the longest of them, E width of a text vector. A text is (tokens or vectors,
-visible): visible (B, M) bool is False on the padding, which stands on the right and is never looked at.
+Text for FAR: captions become vectors, which every block looks at by cross-attention. B captions, M tokens of
+the longest, E wide. A text is (tokens or vectors, visible (B, M)), False on the padding, on the right.
 """
 import os
 import re
-import sys
+from functools import cache
 from hashlib import sha256
 
 import numpy as np
 import torch
 import torch.nn as nn
 
-from common import InputError, faster_dtype, make_parts, why
+from common import faster_dtype, make_parts, reading
 
 WORD_BYTES, MOST_WORDS = 12, 64      # of the byte encoder: longer words are several tokens
 MOST_TOKENS = 300                    # of Qwen2, as in the paper
 WORD = re.compile(rb"[0-9A-Za-z\x80-\xff]{1,%d}|[^\s0-9A-Za-z\x80-\xff]" % WORD_BYTES)
-WARNED = set()
-
-
-def warn_cut(caption, most, last):
-    """Say once per caption that it is cut, and where; no more after ten of them."""
-    if len(WARNED) < 10 and caption not in WARNED:
-        WARNED.add(caption)
-        print(f'WARNING: the text "{caption[:40]}..." is cut after {most}, at "... {last}"', file=sys.stderr)
+say = cache(print)                   # a warning is said once
 
 
 def pad(rows):
@@ -40,9 +31,8 @@ def byte_tokens(captions):
     for caption in captions:
         words = WORD.findall(caption.lower().encode("utf-8", "replace"))
         if len(words) > MOST_WORDS:
-            words = words[:MOST_WORDS]
-            warn_cut(caption, f"{MOST_WORDS} words", words[-1].decode(errors="replace"))
-        whole = b"".join(word.ljust(WORD_BYTES, b"\0") for word in [*words, b""])
+            say(f"WARNING: texts are cut after {MOST_WORDS} words")
+        whole = b"".join(word.ljust(WORD_BYTES, b"\0") for word in [*words[:MOST_WORDS], b""])
         rows.append(torch.frombuffer(bytearray(whole), dtype=torch.uint8).view(-1, WORD_BYTES))
     return pad(rows)
 
@@ -58,8 +48,7 @@ class ByteEncoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, tokens, visible):
-        place = 256 * torch.arange(WORD_BYTES, device=tokens.device)
-        words = self.byte_embed(tokens.long() + place).sum(dim=2)                         # (B, M, E)
+        words = self.byte_embed(tokens + 256 * torch.arange(WORD_BYTES, device=tokens.device)).sum(dim=2)
         x = self.norm_in(words) + self.word_pos[:, :tokens.shape[1]]
         for block in self.blocks:
             x = block(x, visible[:, None, None])
@@ -70,15 +59,12 @@ class Qwen2:
     """A model of the Qwen2 family by its Hugging Face name or folder; its vectors are E wide. InputError."""
 
     def __init__(self, name, device, dtype=None):
-        try:
+        with reading(f"--text {name}, a Qwen2 for which pip install transformers is needed,"):
             from transformers import AutoModel, AutoTokenizer
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModel.from_pretrained(name).eval().requires_grad_(False)
-        except Exception as error:                       # a dozen kinds, from no network to a damaged file
-            raise InputError(f"--text {name}, a Qwen2, could not be loaded: {why(error)}; pip install "
-                             "transformers if it is missing, or use --text bytes")
-        if not self.model.config.model_type.startswith("qwen2"):
-            raise InputError(f"--text {name} is a {self.model.config.model_type} model, not one of Qwen2's")
+            if not self.model.config.model_type.startswith("qwen2"):
+                raise ValueError(f"a {self.model.config.model_type} model")
         self.dtype = dtype or ("fp32" if device.type == "cpu" else faster_dtype(device))
         self.model.to(device, torch.bfloat16 if self.dtype == "bf16" else torch.float32)
         self.device, self.width = device, self.model.config.hidden_size
@@ -90,9 +76,8 @@ class Qwen2:
     def token_ids(self, captions):
         """Token numbers of every caption, at least one each: a list of lists; long ones are cut."""
         found = self.tokenizer(list(captions))["input_ids"]
-        for caption, ids in zip(captions, found):
-            if len(ids) > MOST_TOKENS:
-                warn_cut(caption, f"{MOST_TOKENS} tokens", self.tokenizer.decode(ids[:MOST_TOKENS][-5:]))
+        if any(len(ids) > MOST_TOKENS for ids in found):
+            say(f"WARNING: texts are cut after {MOST_TOKENS} tokens")
         return [ids[:MOST_TOKENS] or [self.tokenizer.eos_token_id] for ids in found]
 
     @torch.inference_mode()
@@ -114,36 +99,27 @@ def encode(encoder, captions):
     return encoder.encode(captions) if encoder else byte_tokens(captions)
 
 
-def text_source(encoder, data, folder):
+def text_source(encoder, data, folder, size=1024, batch=32):
     """A function of indices (B,), and u (B,) in [0, 1), which picks one of several captions: text for FAR."""
-    if encoder:
-        return CachedText(encoder, data, folder)
-    return lambda indices, u: byte_tokens([data.caption(int(i), float(v)) for i, v in zip(indices, u)])
+    if not encoder:
+        return lambda indices, u: byte_tokens([data.caption(int(i), float(v)) for i, v in zip(indices, u)])
+    captions = [caption for several in data.captions for caption in several]
+    firsts = np.cumsum([0, *map(len, data.captions)])          # image i: captions from firsts[i] on
+    key, starts = sha256(encoder.fingerprint.encode()), [0]    # caption j: vectors starts[j] to starts[j + 1]
+    for first in range(0, len(captions), size):
+        for ids in encoder.token_ids(captions[first:first + size]):
+            key.update(repr(ids).encode())
+            starts.append(starts[-1] + len(ids))
 
+    def make(items):
+        vectors, visible = encoder.encode(captions[items.start:items.stop])
+        return vectors[visible].half().numpy()                                            # (tokens, E)
 
-class CachedText:
-    """Vectors of all captions, float16, unpadded, computed once for these captions and weights."""
+    folder = os.path.join(folder, f"text_{data.name}_{key.hexdigest()[:12]}")
+    vectors = make_parts(folder, len(captions), make, "text vectors", size, batch, "caption")
 
-    def __init__(self, encoder, data, folder, size=1024, batch=32):
-        found = [[one] if isinstance(one, str) else one for one in data.captions]         # of every image
-        captions = [caption for several in found for caption in several]
-        key, lengths = sha256(encoder.fingerprint.encode()), []
-        for first in range(0, len(captions), size):
-            for ids in encoder.token_ids(captions[first:first + size]):
-                key.update(repr(ids).encode())
-                lengths.append(len(ids))
+    def source(indices, u):
+        pick = [firsts[i] + int(v * len(data.captions[i])) for i, v in zip(map(int, indices), map(float, u))]
+        return pad([torch.from_numpy(vectors[range(*starts[j:j + 2])]) for j in pick])        # float16
 
-        def make(items):
-            vectors, visible = encoder.encode(captions[items.start:items.stop])
-            return vectors[visible].half().numpy()                                        # (tokens, E)
-
-        folder = os.path.join(folder, f"text_{data.name}_{key.hexdigest()[:12]}")
-        self.vectors = make_parts(folder, len(captions), make, "text vectors", size, batch, "caption")
-        self.firsts = np.cumsum([0, *map(len, found)])       # image i: captions firsts[i] to firsts[i + 1]
-        self.starts = np.cumsum([0, *lengths])               # caption j: rows starts[j] to starts[j + 1]
-
-    def __call__(self, indices, u):
-        """-> vectors (B, M, E) float16, which FAR converts on its device, and visible (B, M)."""
-        first, end = self.firsts[np.asarray(indices)], self.firsts[np.asarray(indices) + 1]
-        chosen = (first + np.asarray(u) * (end - first)).astype(int)
-        return pad([torch.from_numpy(self.vectors[range(*self.starts[j:j + 2])]) for j in chosen])
+    return source

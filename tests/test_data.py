@@ -1,7 +1,6 @@
 """Drawn scenes, the known data sets, folders of images: what is read, what is refused, what is said."""
 import gzip
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -36,8 +35,6 @@ def refused(match, *args, load=load_data, **kwargs):
     assert "\n" not in str(error.value)
 
 
-# ---- drawn shapes
-
 def test_shapes_are_a_pure_function_of_seed_and_index_and_drawn_once(monkeypatch):
     ds, render, order = load_data("shapes_text"), Mock(wraps=shapes.render), torch.randperm(60).tolist()
     monkeypatch.setattr(shapes, "render", render)
@@ -45,8 +42,10 @@ def test_shapes_are_a_pure_function_of_seed_and_index_and_drawn_once(monkeypatch
     assert images.shape == (60, 3, 32, 32) and images.dtype == torch.uint8 and not ds.flip
     assert torch.equal(ds.batch(order[5:6])[0], images[5]) and render.call_count == 60, "drawn again"
     assert torch.equal(load_data("shapes_text").batch([-1, order[5]]), ds.batch([len(ds) - 1, order[5]]))
-    for other in (load_data("shapes_text", seed=1), load_data("shapes_text", split="test")):
-        assert not torch.equal(ds.batch([3]), other.batch([3])) and ds.fingerprint != other.fingerprint
+    other = load_data("shapes_text", split="test")
+    assert not torch.equal(ds.batch([3]), other.batch([3])) and ds.fingerprint != other.fingerprint
+    assert other.caption(7) == "three large blue squares"
+    assert other.caption(3) == "a small magenta triangle above a small green triangle on a grey background"
     # recorded with the first release of the scenes: those that weights were trained on
     pixels = b"".join(shapes.render(shapes.scene(0, i, i % 2 == 0), 16).tobytes() for i in range(20))
     assert hashlib.md5(pixels).hexdigest() == "7251d2729b700bd100dd477d7ee50c7c"
@@ -56,12 +55,10 @@ def kinds(truth):
     return [f"{thing['color']} {thing['shape']}" for thing in truth["objects"]]
 
 
-@pytest.mark.parametrize("captioned", (True, False))
-def test_a_picture_shows_its_scene(captioned):
-    """Objects are inside, apart, of their colour; without captions the largest by far is the label."""
+def test_a_picture_shows_its_scene_and_the_largest_object_is_the_label():
     labels = load_data("shapes").labels
     for i in range(100):
-        truth = shapes.scene(0, i, captioned)
+        truth = shapes.scene(0, i)
         objects, image = truth["objects"], shapes.render(truth, 48).astype(int)
         assert abs(image[0, 0] - shapes.BACKGROUNDS[truth["background"]]).max() <= 15
         for k, a in enumerate(objects):
@@ -69,27 +66,8 @@ def test_a_picture_shows_its_scene(captioned):
             assert abs(image[int(a["y"] * 48), int(a["x"] * 48)] - shapes.COLORS[a["color"]]).max() <= 12
             for b in objects[:k]:
                 assert np.hypot(a["x"] - b["x"], a["y"] - b["y"]) > a["radius"] + b["radius"]
-                assert captioned or b is not objects[0] or a["radius"] < 0.5 * b["radius"]
-        assert captioned or kinds(truth)[0] == shapes.KINDS[labels[i]]
-
-
-def test_captions_say_what_the_scene_shows():
-    ds = load_data("shapes_text", split="test")
-    words = {(-1, 0): "left of", (1, 0): "right of", (0, -1): "above", (0, 1): "below"}
-    for i in range(500):
-        truth, text = shapes.scene(0, 10 ** 9 + i, captioned=True), ds.caption(i)
-        objects, side = truth["objects"], truth["say_place"]
-        assert (truth["background"] in text) == truth["say_background"]
-        for kind, thing in zip(kinds(truth), objects):
-            assert kind + (f" {shapes.SIDES[side][thing[side] > 0.5]}" if side else "") in text
-        if truth["task"] == "counting":
-            assert len(set(kinds(truth))) == 1 and text.startswith(("two ", "three ")[len(objects) - 2])
-        if truth["task"] == "position":                          # half a picture apart, in one direction
-            word = words[tuple(round(2 * (objects[0][axis] - objects[1][axis])) for axis in "xy")]
-            assert text.index(kinds(truth)[0]) < text.index(word) < text.index(kinds(truth)[1])
-    assert ds.caption(3) == "a small magenta triangle above a small green triangle on a grey background"
-    assert ds.caption(7) == "three large blue squares"
-    assert ds.caption(19) == "a magenta square at the top and a blue star at the top on a white background"
+        assert kinds(truth)[0] == shapes.KINDS[labels[i]]
+        assert all(a["radius"] < 0.5 * objects[0]["radius"] for a in objects[1:])
 
 
 def test_held_out_pairs_are_never_in_training_pictures_but_all_their_parts_are():
@@ -101,8 +79,6 @@ def test_held_out_pairs_are_never_in_training_pictures_but_all_their_parts_are()
     assert frozenset.union(*train) == {*shapes.KINDS}
     assert sorted(name for pair in shapes.HELD_OUT for name in pair) == sorted(shapes.KINDS)
 
-
-# ---- Fashion-MNIST, CIFAR-10, ImageNet
 
 def known_sets(side=16):
     """Small files in the formats of the known sets, ImageNet's of `side` px. -> their content."""
@@ -148,14 +124,17 @@ def test_imagenet_batches_are_mapped_from_copies_of_their_pixels_in_their_order(
     refused("val_data.npz", "imagenet64", split="test")
     (pixels, _), other = known_sets(side=32)["imagenet"], load_data("imagenet64")
     assert np.array_equal(other.batch([17])[0], pixels[17]) and other.fingerprint != ds.fingerprint
+    np.savez("data/imagenet64/train_data_batch_2.npz", data=pixels[:6, :, 8:24, 8:24].reshape(6, -1),
+             labels=labels[:6])
+    refused("imagenet64.* is damaged", "imagenet64")             # of another size
     for labels in (np.arange(1, 6), np.arange(6), np.arange(996, 1002)):
         np.savez("data/imagenet64/train_data_batch_2.npz", data=pixels[:6].reshape(6, -1), labels=labels)
         refused("imagenet64 is damaged: it needs 18 labels", "imagenet64")
 
 
 @pytest.mark.parametrize("name, file", [
-    ("fashion_mnist", "train-images-idx3-ubyte.gz"), ("fashion_mnist", "train-labels-idx1-ubyte.gz"),
-    ("cifar10", "cifar-10-binary.tar.gz"), ("imagenet64", "imagenet64/train_data_batch_1.npz")])
+    ("fashion_mnist", "train-images-idx3-ubyte.gz"), ("cifar10", "cifar-10-binary.tar.gz"),
+    ("imagenet64", "imagenet64/train_data_batch_1.npz")])
 def test_a_damaged_file_of_a_known_set_is_one_line_that_names_it(name, file):
     known_sets()
     path = Path("data", file)
@@ -165,18 +144,16 @@ def test_a_damaged_file_of_a_known_set_is_one_line_that_names_it(name, file):
         refused(f"{file}|{name} is damaged", name)
 
 
-def test_a_download_is_whole_or_a_one_line_error(monkeypatch):
-    url, served, good = "http://127.0.0.1:1/file", [b"half", b"whole"], hashlib.md5(b"whole").hexdigest()
-    refused(f"could not download {url}.*new/file", url, good, "new", load=data.find_or_download)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda _, to: Path(to).write_bytes(served.pop(0)))
-    refused(f"the download of {url} is damaged", url, good, "new", load=data.find_or_download)
-    assert not os.path.exists("new/file")
+def test_a_download_is_whole_or_a_one_line_error():
+    tree({"file": b"half"}, "served")
+    url, good = Path("served/file").absolute().as_uri(), hashlib.sha256(b"whole").hexdigest()
+    for start, match in ((url, "damaged .*invalid hash"), (f"{url}s", "could not be read")):
+        refused(f"{start}, .*new/file.*{match}", start, good, "new", load=data.find_or_download)
+    tree({"file": b"whole"}, "served")
     for _ in range(2):
         assert data.find_or_download(url, good, "new", "data") == "new/file"
-    assert Path("new/file").read_bytes() == b"whole" and not served, "fetched once"
+        shutil.rmtree("served", ignore_errors=True)
 
-
-# ---- folders of images
 
 def tree(files, root=ROOT):
     """Files by path: content in bytes, or a number, the red of a BMP by which the tests know it again."""
@@ -204,9 +181,7 @@ def test_subfolders_are_classes_and_every_20th_image_is_held_out(capsys):
     tree(dict.fromkeys((".hidden/x.png", "cat/@eaDir/1.png", "__MACOSX/cat/x.png", "cat/._00.png"), 99))
     tree(dict.fromkeys(("cat/a.heic", "cat/b.HEIC", "cat/c.avif", "cat/notes.md", "empty/notes.md"), b"x"))
     train, said, test = folder(), capsys.readouterr().out, folder(split="test")
-    for line in ("classes: {'cat': 0, 'dog': 1}", "2 .heic files", "1 .avif files",
-                 f"folders without images of yours in {os.path.abspath(ROOT)}: .hidden, __MACOSX, empty",
-                 "decoding 38 images once, to 16 px: 0 MB in data"):
+    for line in ("{'cat': 0, 'dog': 1}", "'.heic': 2, '.avif': 1", "folders ['empty']", "2 of 40", "into"):
         assert line in said
     assert train.class_names == test.class_names == ["cat", "dog"] and train.captions is None
     assert not train.flip and folder(mirror=True).flip and train.batch([0]).shape == (1, 3, 16, 16)
@@ -219,7 +194,7 @@ def test_subfolders_are_classes_and_every_20th_image_is_held_out(capsys):
 def test_a_flat_folder_is_one_class_a_copy_is_the_same_data_and_a_changed_one_is_not(capsys, monkeypatch):
     before = folder({f"{i}.bmp": i for i in range(3)} | {"1.txt": b"0 0.5 0.5", "package.json": b"{"})
     assert before.class_names == ["all"] and before.name == "my_pictures" and not before.captions
-    assert reds(before) == reds(folder(split="test")) and "none is held out" in capsys.readouterr().out
+    assert reds(before) == reds(folder(split="test")) and "0 of 3 images are held" in capsys.readouterr().out
     after = folder({"1.bmp": 99})                                # of the same size in bytes
     assert reds(after) == [0, 99, 2]
     assert after.fingerprint != before.fingerprint != folder(size=32).fingerprint
@@ -228,8 +203,7 @@ def test_a_flat_folder_is_one_class_a_copy_is_the_same_data_and_a_changed_one_is
     assert load_data(f"elsewhere/{ROOT}", 16).fingerprint == after.fingerprint
 
 
-@pytest.mark.parametrize("names", ("train val", "Training Testing", "TRAIN validation", "train valid",
-                                   "train test", "train"))
+@pytest.mark.parametrize("names", ("train val", "Training Testing", "TRAIN valid", "train test", "train"))
 def test_the_usual_split_names_are_the_splits(names):
     train, *test = names.split()
     tree({f"{train}/{'ab'[i % 2]}/{i}.png": i for i in range(22)} | {f"{name}/b/1.png": 99 for name in test})
@@ -247,16 +221,14 @@ def test_natural_order_odd_names_and_what_this_program_wrote(cli):
         assert code == 0 and "gr\\udcfcn" in said and "7 images of 16 px" in said
         ds = load_data(".", 16)
         assert ds.class_names == names and reds(ds) == ds.labels.tolist() == [*range(7)]
-        tree({"runs/one/sheet.png": 99, "runs/one/far.pt": b"x", "data/x/1.png": 99}, ".")
-    assert ds.source == os.getcwd() and any(name.startswith("data_") for name in os.listdir())
+        data.save_grid("1/sheet.png", ds.batch([0]), 1)
     tree({os.fsdecode(b"1/\xfc.png"): b"bad"}, ".")
-    for data_dir, match in (("data", "\\udcfc.png could not be read"), ("1/1.png", "1/1.png")):
-        code, _, error = cli(data.main, "--data", ".", "--data-dir", data_dir)
-        assert code == 2 and error.startswith("error:") and match in error
+    code, said, _ = cli(data.main, "--data", ".")
+    assert code == 0 and "\\udcfc.png could not be read" in said and "1 of 8 images are bad" in said
 
 
 @pytest.mark.parametrize("places, match", [
-    ("train/a/1.png val/c/1.png", "val has other classes than .*train: c"), ("test/a/1.png", "no train/"),
+    ("train/a/1.png val/c/1.png", "val has other classes than .*train: c"), ("test/a/1.png", "other classes"),
     ("train/a/1.png val/notes", "val has no images"), ("cat/1.png 2.png", "2.png")])
 def test_unclear_or_empty_folders_and_unknown_names_are_refused(places, match):
     for split in ("train", "test"):
@@ -269,17 +241,13 @@ def test_unclear_or_empty_folders_and_unknown_names_are_refused(places, match):
     ("1.png", Image.new("RGBA", (20, 20), (255, 0, 0, 128)), (255, 127, 127), {}),
     ("1.png", Image.new("RGB", (20, 20)).quantize(4), (255, 255, 255), dict(transparency=0)),
     ("1.png", Image.new("RGB", (20, 20), (9, 9, 9)), (255, 255, 255), dict(transparency=(9, 9, 9))),
-    ("1.png", Image.new("1", (20, 20), 1), (255, 255, 255), {}),
-    ("1.jpg", Image.new("CMYK", (20, 20), (0, 255, 255, 0)), (255, 0, 0), {}),
-    ("1.png", Image.new("I;16", (20, 20), 128 * 257), (128, 128, 128), {}),
-    ("1.pgm", Image.new("I;16", (20, 20), 128 * 257), (128, 128, 128), {})])
-def test_every_kind_of_pixel_becomes_rgb_on_white(capsys, name, image, seen, options):
+    ("1.jpg", Image.new("CMYK", (20, 20), (0, 255, 255, 0)), (255, 0, 0), {})])
+def test_every_kind_of_pixel_becomes_rgb_on_white(name, image, seen, options):
     image.save(name, **options)
     assert data.load_image(name, 16)[:, 8, 8].tolist() == pytest.approx(seen, abs=3)
-    assert "WARNING" not in capsys.readouterr().out
 
 
-def test_exif_turns_the_centre_is_cut_out_dark_greys_are_said_and_text_is_no_harm(capsys):
+def test_exif_turns_the_centre_is_cut_out_and_text_is_no_harm():
     wide, exif, info = np.zeros((100, 300), np.uint8), Image.Exif(), data.PngImagePlugin.PngInfo()
     wide[:50, 100:200] = 255                                     # white above, in the middle
     exif[0x0112] = 3                                             # upside down
@@ -289,8 +257,6 @@ def test_exif_turns_the_centre_is_cut_out_dark_greys_are_said_and_text_is_no_har
         image = data.load_image("1.png", size)
         assert image.shape == (3, size, size) and image[:, :size // 3].max() < 5
         assert image[:, -(size // 3):, 2:-2].mean() > 250
-    Image.new("I;16", (20, 20), 200).save("1.png")
-    assert data.load_image("1.png", 16).max() == 0 and "no value above 4095" in capsys.readouterr().out
 
 
 def test_every_bad_picture_is_named_or_left_out_and_counted(capsys, monkeypatch):
@@ -299,23 +265,17 @@ def test_every_bad_picture_is_named_or_left_out_and_counted(capsys, monkeypatch)
     for name in ("a.png", "b.jpg", "c.webp", "d.gif", "e.bmp", "f.tif"):
         pixels.save(f"{ROOT}/{name}")
         os.truncate(f"{ROOT}/{name}", os.path.getsize(f"{ROOT}/{name}") * 2 // 3)
-    for i, mode in enumerate(("I;16", "I", "F")):                # of greys in a TIFF the range is not known
-        Image.new(mode, (20, 20), 9).save(f"{ROOT}/{i}.tif")
-    pixels.resize((2, 400)).save(f"{ROOT}/thin.png")
+    for name, mode in (("0.tif", "I;16"), ("1.tif", "I"), ("2.tif", "F"), ("grey.png", "I;16")):
+        Image.new(mode, (20, 20), 9).save(f"{ROOT}/{name}")
     pixels.resize((200, 200)).save(f"{ROOT}/large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15_000)       # PIL refuses twice as many
-    refused("0.tif.*convert it to 8 bits.*14 of 15 images.*--skip-bad", load=folder)
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "load_image", None)                  # found in the pass that decodes: only once
-        assert reds(folder(skip_bad=True)) == [200]
-    assert "14 of 15 images are bad" in capsys.readouterr().out
+    refused("0.tif.*more than 8 bits.*14 of 15 images.*--skip-bad", load=folder)
+    assert reds(folder(skip_bad=True)) == [200] and "14 of 15 images are bad" in capsys.readouterr().out
     os.remove(f"{ROOT}/good.png")
     refused("14 of 14 images are bad", load=folder, skip_bad=True)
-    monkeypatch.setattr(Image, "open", Mock(side_effect=PermissionError(13, "Permission denied")))
-    refused(r"1.png could not be read \(Permission denied\)", "1.png", load=data.load_image)
 
 
-def test_interrupted_decoding_goes_on_and_a_full_disk_and_an_old_pillow_are_one_line(monkeypatch, capsys):
+def test_interrupted_decoding_goes_on_and_a_full_disk_is_one_line(monkeypatch):
     load, parts = Mock(wraps=data.load_image), data.make_parts
     load.side_effect = DEFAULT, DEFAULT, DEFAULT, KeyboardInterrupt
     monkeypatch.setattr(data, "make_parts", lambda *args, **more: parts(*args[:4], size=2, batch=1))
@@ -327,40 +287,29 @@ def test_interrupted_decoding_goes_on_and_a_full_disk_and_an_old_pillow_are_one_
     assert [Path(call.args[0]).stem for call in load.call_args_list] == [*"0123", *"234567"]
     monkeypatch.setattr(np, "save", Mock(side_effect=OSError(28, "No space left on device")))
     refused("the disk is full", size=8, load=folder)
-    monkeypatch.delattr(Image.Image, "has_transparency_data")
-    with pytest.raises(SystemExit, match="2"):
-        importlib.reload(data)
-    assert capsys.readouterr().err.endswith("error: Pillow 10.1 or newer is needed: pip install -U Pillow\n")
 
 
-@pytest.mark.parametrize("name, path, text", [
-    ("list.jsonl", "file_name", "text"), ("b.jsonl", "img_path", "prompt"), ("a.json", "path", "caption")])
-def test_lists_give_captions_also_several(capsys, name, path, text):
+def test_lists_give_captions_also_several():
     captions = {"./sub/2.png": ["  two\n cats \ud800"], "./000/x.jpg": ["fox"], "1.png": [*"abcde"]}
-    records = [json.dumps({path: image, text: said}) for image in captions for said in captions[image]]
-    lines = "\n".join(records) if name.endswith("l") else f"[{','.join(records)}]"
-    # JourneyDB's lists leave out the folder imgs
-    ds = folder({"1.png": 0, "sub/2.png": 1, "imgs/000/x.jpg": 99, name: lines.encode()}, text=True)
-    assert [ds.caption(0, u) for u in (0.0, 0.21, 0.5, 0.7, 0.99)] == list("abcde")
-    assert [ds.caption(i) for i in (1, 2)] == ["fox", "two cats"] and reds(ds)[::2] == [0, 1]
-    assert ds.class_names == ["all"] and "1 images in" in capsys.readouterr().out
+    for path, text in (("file_name", "text"), ("img_path", "prompt")):           # the latter are JourneyDB's
+        records = [json.dumps({path: image, text: said}) for image in captions for said in captions[image]]
+        tree({"1.png": 0, "sub/2.png": 1, "000/x.jpg": 99, "a.jsonl": "\n".join(records).encode()})
+        ds = folder(text=True)
+        assert [ds.caption(1, u) for u in (0.0, 0.21, 0.5, 0.7, 0.99)] == list("abcde")
+        assert [ds.caption(i) for i in (0, 2)] == ["fox", "two cats"] and reds(ds)[1:] == [0, 1]
 
 
-def test_missing_captions_and_images_are_counted_and_bad_lists_refused(capsys):
+def test_images_without_captions_are_left_out_and_counted_and_bad_lists_refused(capsys):
     german = "ein größerer Hund"
-    tree({f"{i}.png": i for i in range(1, 7)})
+    tree({f"{i}.png": i for i in range(1, 6)})
     tree({"1.txt": german.encode("utf-8-sig"), "2.txt": b" \n", "4.txt": german.encode("cp1252"),
-          "5.txt": german.encode("utf-16"), "6.txt": "a dog".encode("utf-16-le")})
-    refused("2.png has no caption in UTF-8; 5 of 6.*--skip-bad", load=folder, text=True)
-    ds = folder(text=True, skip_bad=True)
-    assert ds.caption(0) == german and len(ds) == 1 and "5 of 6 images are bad" in capsys.readouterr().out
-    tree({"a.jsonl": b'{"path": "1.png", "text": "one"}\n{"path": "gone.png", "text": "one"}'})
-    refused("2.png has no caption.*6 of 7", load=folder, text=True)
-    assert folder(text=True, skip_bad=True).caption(0) == "one"
-    refused(f"{ROOT} has no captions", {"a.jsonl": b""}, load=folder, text=True)
-    outside = [b'{"image": "%s"}' % name for name in (b"../a.png", b"/etc/hosts", b"b/../../a", b".")]
-    for content in (*outside, b"{}", b'{"file_name": "1.png"', b"[{}", b"[" * 100_000, b"[3]", b"\xff\xfe{"):
-        refused("b.json", {"../a.png": 0, "b.json": content}, load=folder, text=True, skip_bad=True)
+          "5.txt": german.encode("utf-16")})
+    assert folder(text=True).captions == [(german,)] and "captions in UTF-8 of 1" in capsys.readouterr().out
+    tree({"a.jsonl": b'{"file_name": "1.png", "text": "one"}\n{"file_name": "gone.png", "text": "one"}'})
+    assert folder(text=True).captions == [("one",)]
+    refused(f"{ROOT} has no images.*no captions", {"a.jsonl": b""}, load=folder, text=True)
+    for content in (b"{}", b'{"file_name": "1.png"', b"[{}", b"[" * 100_000, b"[3]", b"\xff\xfe{"):
+        refused("b.jsonl", {"b.jsonl": content}, load=folder, text=True, skip_bad=True)
 
 
 def test_a_sheet_shows_the_pictures_in_rows_with_a_thin_gap():

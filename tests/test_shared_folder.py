@@ -10,7 +10,7 @@ import sys, time
 import torch
 import data, evaluate, text
 folder, made = sys.argv[1], []
-captions = type("Captioned", (), dict(name="x", captions=["a"] * 30, __len__=lambda self: 30))()
+captions = type("Captioned", (), dict(name="x", captions=[("a",)] * 30, __len__=lambda self: 30))()
 class Encoder:
     fingerprint, name = "e", "stub"
     def token_ids(self, captions):
@@ -26,7 +26,7 @@ def slowly(name, function, **more):
 Encoder.encode = slowly("text", Encoder.encode)
 evaluate.train_classifier = slowly("classifier", evaluate.train_classifier, steps=2)
 data.write_atomically = slowly("copy", data.write_atomically)
-vectors, _ = text.CachedText(Encoder(), captions, folder, batch=30)([0, 29], [0.0, 0.0])
+vectors, _ = text.text_source(Encoder(), captions, folder, batch=30)([0, 29], [0.0, 0.0])
 evaluate.classifier_features(data.load_data("shapes", 16), "cpu", folder)
 pixels = data.load_data("imagenet64", None, folder).batch([0, 1])
 print("RESULT", ",".join(made) or "none", int(vectors.sum()), int(pixels.sum()))
