@@ -17,7 +17,6 @@ the other.
 Shapes: B images, C channels, H side of the grid, L bands, l = 1..L, k_l frequencies per axis that band l
 keeps. Here the grid is a picture; in FAR it is the tokenizer's latent, and 16 x 16.
 """
-import argparse
 import math
 import os
 from statistics import NormalDist
@@ -166,12 +165,12 @@ def cooling(l, L):
 
 def draw_ladder(picture, bands):
     """
-    The ladder of a picture (1, 3, H, H) in [-1, 1]: images (4 L, 3, H, H). Two rows for each kind of low-pass,
-    a column per band: the picture after the band, and, on grey, what the band adds to the one below.
+    A picture (1, 3, H, H) in [-1, 1] -> (4 L, 3, H, H), two rows of L for each kind of low-pass: the picture
+    after every band; and, on grey, what the band adds to the one below.
     """
     rows = []
     for kind in LOWPASSES:
-        after = torch.cat([lowpass(picture, k, kind) for k in bands])                            # (L, 3, H, H)
+        after = torch.cat([lowpass(picture, k, kind) for k in bands])                         # (L, 3, H, H)
         rows += [after, torch.cat([after[:1], after.diff(dim=0)])]
     return torch.cat(rows)
 
@@ -179,15 +178,14 @@ def draw_ladder(picture, bands):
 def main(argv=None):
     from data import load_image, save_grid
     from tokenizer import to_uint8, to_unit
-    parser = OneLineParser(prog="bands.py", description=__doc__,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="bands.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("picture", help="an image file; its centre is cut out, reduced to 128 x 128 pixels")
     path = parser.parse_args(argv).picture
-    picture = to_unit(torch.from_numpy(load_image(path, size=128))[None])                     # (1, 3, 128, 128)
+    picture = to_unit(torch.from_numpy(load_image(path, size=128))[None])                # (1, 3, 128, 128)
     bands, out = doubling_bands(128), f"{os.path.splitext(path)[0]}_bands.png"
     save_grid(out, to_uint8(draw_ladder(picture, bands)), len(bands))
     print(f"columns: k = {', '.join(map(str, bands))} of 128 frequencies per axis\n"
-          f"rows: {' and '.join(LOWPASSES)}, each: the picture after every band, then what each band adds\n"
+          f"rows: {' and '.join(LOWPASSES)}, each: after every band, and what each band adds\n"
           f"written: {out}")
 
 

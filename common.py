@@ -151,11 +151,6 @@ def join_processes(device):
     return rank, world, device
 
 
-def threads():
-    """Threads that decode images: this process's share of the machine's cores, at most 8."""
-    return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
 def prefetch(function, items, ahead=2):
     """function(item) of every item in order; a thread prepares the next ones while the caller works."""
     with ThreadPoolExecutor(1) as pool:

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 import shapes
 from common import (InputError, OneLineParser, Parts, command_line, digest, make_parts, only_one, positive,
-                    reading, threads, write_atomically)
+                    reading, write_atomically)
 
 say = lru_cache(print)        # a line is said once: a folder is looked at for each split, with many pictures
 BUILT_IN = ("shapes", "shapes_text", "fashion_mnist", "cifar10", "imagenet64")
@@ -288,7 +288,7 @@ def load_folder(root, size, data_dir, split, text, skip_bad, flip):
             Path(cache, f"bad-{row}").write_text(str(error), "utf-8", "surrogatepass")
             return np.zeros((3, size, size), np.uint8)
 
-    with ThreadPoolExecutor(threads()) as pool:                          # PIL decodes outside Python's lock
+    with ThreadPoolExecutor(8) as pool:                                  # PIL decodes outside Python's lock
         decode_rows = lambda rows: np.stack([*pool.map(decode, rows)])
         pixels = make_parts(cache, len(paths), decode_rows, "decoding", size=2048, batch=64)
     bad = {int(path.name[4:]): path.read_text("utf-8", "surrogatepass") for path in Path(cache).glob("bad-*")}

@@ -1,7 +1,7 @@
 """
 The tokenizer, a continuous KL autoencoder: an image becomes a small grid of continuous tokens, and back. Its
 network is latent diffusion's AutoencoderKL (Rombach et al. 2022, appendix G), into which the published KL-16,
-kl16.ckpt, loads; the small ones of train.py fold a token's pixels into channels and have one level.
+kl16.ckpt, loads. Those that train.py trains fold a token's pixels into channels and have one level.
 Shapes: B images, S side of the image, c image channels, C latent channels, H = S / stride side of the grid.
 """
 import hashlib
@@ -20,6 +20,8 @@ from tqdm import trange
 from common import (InputError, autocast, digest, epochs, load_checkpoint, make_parts, only_one, prefetch,
                     reading, step_generator, write_atomically)
 
+BATCH = 32                         # images of a training step
+
 
 @dataclass
 class TokenizerConfig:
@@ -31,8 +33,6 @@ class TokenizerConfig:
     published: bool = False        # the published network: levels that halve the side four times
 
     latent_size = property(lambda cfg: cfg.image_size // cfg.stride)         # H
-    batch = property(lambda cfg: 8 if cfg.published else 32)                 # images a step
-    steps = property(lambda cfg: 2500 if cfg.published else 400)             # of a training
 
     def __post_init__(self):
         if self.image_size % self.stride:
@@ -40,11 +40,8 @@ class TokenizerConfig:
 
 
 def default_config(size, channels):
-    """Up to 64 px a small tokenizer; above the published network, for a GPU."""
-    if size > 64:
-        return TokenizerConfig(channels, size, stride=16, latent_dim=16, width=128, published=True)
-    # few rich tokens: on Fashion-MNIST 4 x 4 x 32 latents train FAR to half the distance of 8 x 8 x 8 ones
-    return TokenizerConfig(channels, size, latent_dim=32 if channels == 1 else 64)
+    """Few rich tokens: 4 x 4 x 32 latents train FAR to half the distance of 8 x 8 x 8 (docs/tried.md)."""
+    return TokenizerConfig(channels, size, 8 if size <= 128 else 16, 32 if channels == 1 else 64)
 
 
 # ---- the network, with the names of the published file
@@ -259,8 +256,8 @@ def train_step(tokenizer, optimizer, images, flip, step, steps, seed, dtype):
     cfg, device, n = tokenizer.cfg, images.device, len(images)
     draw = dict(generator=step_generator(seed, step, device), device=device)
     # warm-up over 100 steps, half of a short run, then a cosine to zero: a run of any length is finished
-    peak, warm = 2e-4 if cfg.published else 4e-3, min(1, (step + 1) / min(100, steps / 2))
-    optimizer.param_groups[0]["lr"] = peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+    warm = min(1, (step + 1) / min(100, steps / 2))
+    optimizer.param_groups[0]["lr"] = 4e-3 * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
     images = to_unit(images)
     if flip:
         images = torch.where(torch.rand(n, 1, 1, 1, **draw) < 0.5, images.flip(-1), images)
@@ -278,7 +275,7 @@ def time_step(cfg, device, dtype):
     """Seconds of a training step here: of the second one, for the first prepares memory and kernels."""
     tokenizer = AutoencoderKL(cfg).to(device)
     optimizer = torch.optim.AdamW(tokenizer.parameters())
-    images = torch.zeros(cfg.batch, cfg.image_channels, cfg.image_size, cfg.image_size, device=device)
+    images = torch.zeros(BATCH, cfg.image_channels, cfg.image_size, cfg.image_size, device=device)
     step = lambda: train_step(tokenizer, optimizer, images, False, 0, 1, 0, dtype).item()
     return timeit.repeat(step, number=1, repeat=2)[1]
 
@@ -288,11 +285,10 @@ def train_tokenizer(data, cfg, path, steps, seed=0, device="cpu", dtype="fp32"):
     torch.manual_seed(seed)
     tokenizer = AutoencoderKL(cfg).to(device)
     some = next(epochs(0, min(len(data), 2048), len(data), seed))
-    if not cfg.published:
-        start_from_patches(tokenizer, to_unit(data.batch(some)).to(device))
+    start_from_patches(tokenizer, to_unit(data.batch(some)).to(device))
     optimizer = torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     # the thread that reads also copies to the device: training never waits for it
-    batches = prefetch(lambda indices: data.batch(indices).to(device), epochs(0, cfg.batch, len(data), seed))
+    batches = prefetch(lambda indices: data.batch(indices).to(device), epochs(0, BATCH, len(data), seed))
     for step in trange(steps, desc="tokenizer", unit="step"):
         norm = train_step(tokenizer, optimizer, next(batches), data.flip, step, steps, seed, dtype)
     if not math.isfinite(norm.item()):                  # as it stays from the first step on where it was not

@@ -37,8 +37,8 @@ from far import (FAR, LAYOUTS, PRESETS, FARConfig, Randomness, default_layout, m
                  sampling_defaults)
 from sample import COLUMNS, columns_of, draw_pictures
 from text import load_encoder, text_source
-from tokenizer import (cache_latents, default_config, fingerprint, fit_to_data, get_tokenizer, load_tokenizer,
-                       reconstruct, save_tokenizer, time_step, tokenizer_path)
+from tokenizer import (BATCH, cache_latents, default_config, fingerprint, fit_to_data, get_tokenizer,
+                       load_tokenizer, reconstruct, save_tokenizer, time_step, tokenizer_path)
 
 # what --set may change, and how it is read: fields of FARConfig that no other flag decides, and the recipe
 DECIDED = ("layout", "latent_size", "latent_dim", "n_class", "text_dim", "byte_depth")
@@ -88,8 +88,8 @@ def get_args(argv=None):
 # tokens, the condition's included, which take a current GPU an hour (40% of 400 TFLOP/s). The small ones:
 # minutes on two CPU cores, Muon, lr to 0.
 PAPER = dict(epochs=400, batch=128, lr=1e-4, lr_per=256, warmup=0.25, decay=False, muon=False, ema=0.9999,
-             clip=3.0)
-SMALL = dict(batch=128, lr=1.5e-2, lr_per=None, warmup=0.05, decay=True, muon=True, ema=0.9999, clip=3.0)
+             clip=3.0, tokenizer=400)
+SMALL = dict(PAPER, epochs=None, lr=1.5e-2, lr_per=None, warmup=0.05, decay=True, muon=True)
 RECIPES = {
     "far_nano": dict(SMALL, steps=3000, batch=32),
     "far_tiny": dict(SMALL, steps=2000),
@@ -105,8 +105,7 @@ RECIPES = {
 def configure(args, data, tokenizer_cfg, encoder, world):
     """FARConfig, and the recipe as plain numbers, of preset, flags, data, tokenizer, encoder. InputError."""
     changes = dict(args.set)
-    recipe = {**RECIPES[args.model], "tokenizer": tokenizer_cfg.steps}
-    recipe.update({name: changes.pop(name) for name in OF_RECIPE if name in changes})
+    recipe = RECIPES[args.model] | {name: changes.pop(name) for name in OF_RECIPE if name in changes}
     if encoder:
         changes.update(text_dim=encoder.width, byte_depth=0)
     elif args.text:
@@ -125,14 +124,14 @@ def configure(args, data, tokenizer_cfg, encoder, world):
         recipe["steps"] = math.ceil(hour / recipe["batch"] / args.accum / (cfg.n_cond + cfg.latent_size ** 2))
     recipe["steps"] = args.steps or recipe["steps"]
     recipe["warmup"] = math.ceil(recipe["warmup"] * recipe["steps"])
-    recipe["tokenizer"] = tokenizer_steps(recipe["tokenizer"], recipe["steps"])
+    recipe["tokenizer"] = tokenizer_steps(recipe["steps"], recipe["tokenizer"])
     recipe["lr"] *= recipe["effective"] / (recipe["lr_per"] or recipe["effective"])
     if not (recipe["lr"] > 0 and recipe["clip"] > 0 and 0 <= recipe["ema"] < 1 and recipe["tokenizer"] > 0):
         raise InputError("--set: lr, clip and tokenizer must be above 0, ema from 0 to below 1")
     return cfg, recipe
 
 
-def tokenizer_steps(most, steps):
+def tokenizer_steps(steps, most=400):
     """Optimizer steps of the tokenizer of a run of `steps`: fewer than usual for a short one."""
     return min(most, max(10, 5 * steps // 4))
 
@@ -315,7 +314,7 @@ def announce(args, data, cfg, recipe, start, tokenizer_cfg, device, build):
     print(f"{args.model} in the {cfg.layout} layout (else: {others}), on {device}, {args.dtype}\n"
           f"{data.name}: {len(data):,} images of {data.size} px, {data.n_class} classes, {mirrored}\n"
           f"{recipe['steps']:,} steps of {recipe['effective']} images, bands {bands}", flush=True)
-    if tokenizer_cfg and tokenizer_cfg.published:
+    if tokenizer_cfg and data.size > 64:
         print("above 64 px the published tokenizer is better: --tokenizer kl16.ckpt; ours blurs detail")
     run = new_run(build, cfg, recipe, device, dtype=args.dtype, world=1)
     some = recipe["batch"]
@@ -328,7 +327,7 @@ def announce(args, data, cfg, recipe, start, tokenizer_cfg, device, build):
     if tokenizer_cfg:
         seconds = time_step(tokenizer_cfg, device, args.dtype)    # to encode is a sixth of a training step
         minutes["tokenizer"] = seconds / 60 * recipe["tokenizer"]
-        minutes["latents"] = seconds / 60 / tokenizer_cfg.batch / 6 * len(data) * (2 if data.flip else 1)
+        minutes["latents"] = seconds / 60 / BATCH / 6 * len(data) * (2 if data.flip else 1)
     total, parts = sum(minutes.values()), ", ".join(f"{name} {part:,.1f}" for name, part in minutes.items())
     print(f"timed steps say about {total:,.1f} minutes: {parts}", flush=True)
     if device.type == "cpu" and total > 120:

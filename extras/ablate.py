@@ -147,7 +147,7 @@ def main(argv=None):
     data, held_out = (load_data(DATA, SIZE, args.data_dir, split) for split in ("train", "test"))
     classifier_features(data, "cpu", args.data_dir)
     cfg = default_config(data.size, data.channels)
-    steps = train.tokenizer_steps(cfg.steps, args.steps)
+    steps = train.tokenizer_steps(args.steps)
     get_tokenizer(data, held_out, cfg, args.data_dir, steps, dtype="fp32")
 
     jobs_of = lambda row: [make_job(args, row, seed) for seed in range(args.seeds)]
