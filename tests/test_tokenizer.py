@@ -65,7 +65,7 @@ def test_it_learns_and_its_scaled_latents_have_unit_variance(tmp_path):
 
 
 def test_a_step_never_waits_for_the_device_and_a_training_ends_at_nothing():
-    model, rates = AutoencoderKL(CONFIG).to("meta"), []     # whatever reads a value back raises on this device
+    model, rates = AutoencoderKL(CONFIG).to("meta"), []   # where reading a value back raises
     images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8, device="meta")
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(10):
