@@ -217,7 +217,9 @@ def open_inputs(args, run, device):
         images, labels = read_images(args.samples)
     name = args.data or known.get("source") or ""
     folder = args.data_dir or known.get("data_dir", "data")
-    if name or not args.reference:                           # there must be something to compare with
+    if not name and not args.reference:
+        raise InputError("there is nothing to compare with: add --data or --reference")
+    if name:
         data, test = (load_data(name, images.shape[2], folder, split, skip_bad=True)
                       for split in ("train", "test"))
         if data.channels == 1 and (images == images[:, :1]).all():           # R = G = B stands for grey
