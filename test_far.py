@@ -11,6 +11,9 @@ import math
 import os
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +29,7 @@ from common import InputError, OneLineParser
 from diffusion import SAMPLERS, Chain, DiffusionHead, alphas_cumprod, sampling_times
 from extras.published import load_published
 from far import FAR, LAYOUTS, PRESETS, FARConfig, Randomness, make_config, sampling_defaults
+from tokenizer import load_tokenizer
 
 torch.set_num_threads(1)       # sums are rounded differently with other numbers of threads
 SMALL = dict(width=32, depth=2, n_head=4, n_cond=2, head_width=32, head_depth=2)
@@ -44,6 +48,13 @@ def small(layout="band", size=8, latent_dim=4, n_class=10, **changes):
     if not model.cfg.text_dim:
         torch.nn.init.normal_(model.class_embed.weight)
     return model.eval()
+
+
+def run_of(model, device=torch.device("cpu"), dtype="fp32", muon=False, world=1):
+    """What train.train_step looks at, outside of train.main."""
+    recipe = dict(lr=3e-3, warmup=10, steps=100, decay=True, muon=muon, ema=0.95, clip=3.0)
+    return SimpleNamespace(model=model, ema=deepcopy(model), optimizer=train.make_optimizer(model, recipe),
+                           recipe=recipe, device=device, dtype=dtype, world=world)
 
 
 def natural(size):
@@ -84,26 +95,9 @@ def test_the_fft_lowpass_is_a_nested_projection_of_rank_k(size):
             assert torch.allclose(P[i] @ P[j], P[min(i, j)], atol=1e-5), (i, j)
 
 
-def test_the_named_ladders_increase_and_end_at_the_grid():
-    for size in (2, 3, 4, 6, 8, 16, 32):
-        for bands in (every_band(size), doubling_bands(size), ten_bands(size)):
-            ladder.check_bands(bands, size)
-    assert ten_bands(16) == (2, 3, 4, 5, 6, 7, 8, 9, 10, 16) and doubling_bands(16) == (1, 2, 4, 8, 16)
-
-
-def test_band_std_brings_every_band_to_unit_variance():
-    model, x = small(), 3 * lowpass(torch.randn(256, 4, 8, 8), 5)
-    model.measure_band_std(x)
-    assert all(abs(model.band(x, k).std().item() - 1) < 0.02 for k in model.cfg.bands)
-    assert torch.allclose(model.show_band(model.band(x, 8), 8), x, atol=1e-5)
-
-
 # ---- what changes from band to band: functions of l and L, right at both ends of every ladder
 
-LADDERS = doubling_bands(4), every_band(16), ten_bands(16), (16,)
-
-
-@pytest.mark.parametrize("L", map(len, LADDERS))
+@pytest.mark.parametrize("L", [3, 16, 10, 1])       # bands of 1, 2, 4; of 1 to 16; of `ten_bands`; one alone
 def test_the_schedules_are_right_at_both_ends_of_every_ladder(L):
     over = lambda f, *settings: [f(*settings, l, L) for l in range(1, L + 1)]
     many, close = L > 1, lambda a, b: np.allclose(a, b, atol=1e-12)
@@ -131,19 +125,19 @@ def test_the_schedules_are_right_at_both_ends_of_every_ladder(L):
     assert close(cooling[0], 1 - 0.2 * math.cos(math.pi / 2 / L))
 
 
-@each_layout
-def test_the_sampler_gives_every_band_its_steps_guidance_and_temperature(layout):
+@pytest.mark.parametrize("layout, sampler, steps, cfg, temperature, hold", [
+    ("paper", "ddpm", (40, 100), 4.0, lambda l, L: 1.0, 5.0),
+    ("released", "ddpm", (100, 100), 3.0, ladder.cooling, None),
+    ("band", "dpmpp", (24, 10), 4.0, lambda l, L: 1.15, None)])
+def test_the_sampler_gives_every_band_its_settings(layout, sampler, steps, cfg, temperature, hold):
     model, given = small(layout), []
     model.head.sample = lambda condition, noise, *settings: given.append(settings) or noise()
-    for k in ((8,), model.cfg.bands):
+    for bands in ((8,), model.cfg.bands):
         given.clear()
-        model.sample(LABELS, **{**sampling_defaults(model.cfg), "bands": k, "steps": (40, 100), "cfg": 3.0})
-        L = len(k)
-        for l, (S, sampler, w, tau, hold) in enumerate(given, 1):
-            assert S == ladder.diffusion_steps(40, 100, l, L) and w == ladder.guidance("linear", 3.0, l, L)
-            expected = {"paper": 1.0, "released": ladder.cooling(l, L), "band": 1.15}[layout]
-            assert tau == pytest.approx(expected) and (hold is not None) == (layout == "paper")
-            assert sampler == ("dpmpp" if layout == "band" else "ddpm")
+        model.sample(LABELS, **{**sampling_defaults(model.cfg), "bands": bands})
+        L = len(bands)
+        assert given == [(ladder.diffusion_steps(*steps, l, L), sampler, ladder.guidance("linear", cfg, l, L),
+                          temperature(l, L), hold) for l in range(1, L + 1)]
 
 
 @pytest.mark.parametrize("weight", ["sine", "article"])
@@ -250,10 +244,6 @@ def test_the_learned_variance_stays_between_its_bounds_and_its_loss_does_not_mov
     assert (head.output.weight.grad[:4] == 0).all() and (head.output.weight.grad[4:] != 0).any()
 
 
-def plain_draw(kind, *shape):
-    return kind(*shape)
-
-
 @pytest.mark.parametrize("n_head,least,most", [(0, 0.3, 0.7), (2, 0.95, 1.0)])
 def test_a_head_with_attention_draws_the_tokens_of_a_band_jointly(n_head, least, most):
     """Two tokens of one sign, either: with attention the draws agree, without it each tosses its own coin."""
@@ -262,7 +252,7 @@ def test_a_head_with_attention_draws_the_tokens_of_a_band_jointly(n_head, least,
     optimizer = torch.optim.Adam(head.parameters(), 4e-3)
     for _ in range(250):
         x0 = (torch.randint(0, 2, (64, 1, 1)) * 2.0 - 1).expand(-1, 2, -1)
-        t = head.draw_times("uniform", plain_draw, 64, 1 if n_head else 2)
+        t = head.draw_times("uniform", lambda kind, *shape: kind(*shape), 64, 1 if n_head else 2)
         mse, bits = head.loss(x0, head.condition(places, 0.0).expand(64, -1, -1), t, torch.randn(64, 2, 1))
         optimizer.zero_grad()
         (mse + bits).mean().backward()
@@ -275,16 +265,12 @@ def test_a_head_with_attention_draws_the_tokens_of_a_band_jointly(n_head, least,
 
 
 class MixtureHead(DiffusionHead):
-    """
-    A head that knows the answer: tokens (1,) from 0.3 N(-1.5, 0.3^2) + 0.7 N(1, 0.5^2), its prediction exact.
-    `wrong` changes the prediction.
-    """
-    weights, means = torch.tensor([0.3, 0.7]), torch.tensor([-1.5, 1.0])
-    stds = torch.tensor([0.3, 0.5])
+    """A head that knows the answer: its tokens (1,) are from 0.3 N(-1.5, 0.3^2) + 0.7 N(1, 0.5^2)."""
+    weights, means, stds = torch.tensor([[0.3, 0.7], [-1.5, 1.0], [0.3, 0.5]])
 
-    def __init__(self, predict="v", wrong=lambda prediction, xt: prediction):
+    def __init__(self, predict="v"):
         super().__init__(1, 1, 8, 1, predict=predict)
-        self.wrong, self.time = wrong, torch.nn.Identity()           # forward is given t itself, unembedded
+        self.time = torch.nn.Identity()                              # forward is given t itself, unembedded
 
     def forward(self, xt, time, condition):
         alpha, sigma = (v.double() for v in self.chain().at(int(time), "alpha", "sigma"))
@@ -295,7 +281,7 @@ class MixtureHead(DiffusionHead):
         x0 = (log.softmax(dim=-1) * posterior).sum(dim=-1, keepdim=True)                        # E[x_0 | x_t]
         noise = (x - alpha * x0) / sigma
         prediction = noise if self.predict == "eps" else alpha * noise - sigma * x0
-        return self.wrong(prediction.float(), xt), torch.full_like(xt, -1.0)
+        return prediction.float(), torch.full_like(xt, -1.0)
 
     def draw(self, n, steps, sampler, **settings):
         """n tokens (n,), and how often noise was asked for."""
@@ -324,16 +310,6 @@ def test_the_solver_is_of_second_order_and_noise_is_drawn_step_by_step_as_far_as
     assert order > 1.65
     assert head.draw(5, 50, "ddpm")[1] == 50
     assert head.draw(5, 50, "ddpm", temperature=0.0)[1] == head.draw(5, 50, "dpmpp")[1] == 1
-
-
-@pytest.mark.parametrize("sampler,steps,settings,holds", [
-    ("dpmpp", 20, {}, True), ("ddpm", 100, dict(hold=5.0), True), ("ddpm", 100, {}, False)])
-def test_an_imperfect_noise_predictor_ruins_ddpm_alone_and_not_if_it_is_held(sampler, steps, settings, holds):
-    """As networks are: off by a little, and never far from unit noise, however far x_t has gone."""
-    wrong = lambda prediction, xt: prediction.clamp(-4, 4) + 0.01 * torch.sin(40 * xt)
-    x, _ = MixtureHead("eps", wrong).draw(2000, steps, sampler, **settings)
-    near = abs(x.mean().item() - 0.25) < 0.15 and abs(x.std().item() - 1.24) < 0.15
-    assert near if holds else x.std() > 5
 
 
 # ---- the model: training and sampling
@@ -377,9 +353,10 @@ def test_guidance_one_is_no_guidance_and_image_i_depends_on_seed_and_i_alone(lay
 
 @each_layout
 def test_sampling_shows_the_transformer_and_the_head_what_training_showed_them(layout):
-    """With a head that draws the truth, sampling sees training's inputs, and goes by every x^l to x."""
-    model, x, shown = small(layout, input_noise=0.0), natural(8)[:2, :1].repeat(1, 4, 1, 1), {}
+    """With a head that draws the truth: by bands of unit variance, over every x^l, to x."""
+    model, x, shown = small(layout, input_noise=0.0), 3 * natural(8)[:2, :1].repeat(1, 4, 1, 1), {}
     model.measure_band_std(x)
+    assert layout != "band" or all(abs(model.band(x, k).std() - 1) < 0.02 for k in model.cfg.bands)
     transformer, condition, k_in = model.transformer, model.head.condition, []
 
     def record(inputs, ks, *rest):
@@ -404,31 +381,18 @@ def test_sampling_shows_the_transformer_and_the_head_what_training_showed_them(l
 
 
 @each_layout
-def test_an_untrained_ladder_is_climbed_where_the_head_learns_x_and_refused_elsewhere(layout):
+def test_flags_change_the_default_sampling_and_the_ladder_where_the_head_learns_x(layout):
     cfg, parser = small(layout).cfg, OneLineParser()
     sample.add_sampling_flags(parser)
     read = lambda *argv, cfg=cfg: sample.sampling_settings(parser.parse_args(argv), cfg)
     own = ",".join(map(str, cfg.bands))
     assert read() == sampling_defaults(cfg) and read()["masked"] == (layout == "paper")
     assert read("--bands", own)["bands"] == cfg.bands and read("--steps", "7")["steps"] == (7, 7)
-    plain = replace(cfg, label_drop=0.0, mask="none")
-    for argv, word, broken in ((["--bands", "1,2"], "--bands", cfg), (["--cfg", "2"], "--cfg 1", plain)):
-        with pytest.raises(InputError, match=word):
-            read(*argv, cfg=broken)
-    if layout == "band":
-        with pytest.raises(InputError, match="--layout paper"):
-            read("--bands", "3,8")
-    else:
+    with pytest.raises(InputError, match="--cfg 1"):
+        read("--cfg", "2", cfg=replace(cfg, label_drop=0.0, mask="none"))
+    if layout != "band":
         drawn = small(layout).sample(LABELS, **{**read("--bands", "3,8"), "steps": (2, 3)})
         assert [tuple(x.shape) for x in drawn] == [(2, 4, 8, 8)] * 2
-
-
-def test_two_ranks_together_draw_what_one_process_draws():
-    one = Randomness(5, 7)
-    two = [Randomness(5, 7, rank=r, world=2) for r in (0, 1)]
-    for kind in (torch.randn, torch.rand):
-        assert torch.equal(one(kind, 8, 3), torch.cat([draw(kind, 4, 3) for draw in two]))
-    assert len({draw.host.random() for draw in (one, *two)}) == 1, "which band a step trains"
 
 
 # ---- no step waits for the device: on `meta` nothing can be read back, whatever tries raises
@@ -436,40 +400,24 @@ def test_two_ranks_together_draw_what_one_process_draws():
 META = torch.device("meta")
 
 
-def meta_model(family, layout, **changes):
-    """A tiny model of a preset's family (its kind of head, noise, dropout) on meta."""
-    tiny = dict(width=16, n_head=2, n_cond=2, head_width=16, depth=1, head_depth=1)
-    tiny["head_attention"] = 2 if layout == "band" and PRESETS[family].get("head_attention") else 0
-    cfg = make_config(family, layout, 2, 4, 10, **{**tiny, **changes})
+@pytest.mark.parametrize("family, changes", [
+    *product(["far_nano", "far_tiny", "far_b"], [dict(mask=m) for m in ("none", "linear", "truncnorm")]),
+    ("far_tiny_t2i", dict(text_dim=16)), ("far_tiny_t2i", dict(text_dim=16, byte_depth=1))])
+@each_layout
+def test_no_training_step_and_no_sampler_reads_anything_from_the_device(layout, family, changes):
+    """Every family of presets, by a tiny model with its kind of head, noise and dropout."""
+    attention = 2 if layout == "band" and PRESETS[family].get("head_attention") else 0
+    tiny = dict(width=16, n_head=2, n_cond=2, head_width=16, depth=1, head_depth=1, head_attention=attention)
+    cfg = make_config(family, layout, 2, 4, 10, **tiny, **changes)
     with META:
-        return cfg, FAR(cfg).train()
-
-
-def step_and_sample_on_meta(cfg, model, muon=False):
-    recipe = dict(lr=1e-3, warmup=10, steps=100, decay=muon, muon=muon, ema=0.999, clip=3.0)
-    run = SimpleNamespace(model=model, ema=deepcopy(model), optimizer=train.make_optimizer(model, recipe),
-                          recipe=recipe, device=META, dtype="bf16", world=1)
-    inputs = train.some_inputs(cfg, 2, META)
-    logged = train.train_step(run, [inputs], 0)
+        run = run_of(FAR(cfg).train(), device=META, dtype="bf16", muon="tiny" in family)
+    x, step, labels, text = train.some_inputs(cfg, 2, META)
+    logged = train.train_step(run, [(x, step, labels, text)], 0)
     assert logged.shape == (len(cfg.bands) + 2,) and logged.device == META
     for sampler in SAMPLERS:
         settings = {**sampling_defaults(cfg), "steps": (1, 2), "sampler": sampler}
-        drawn = model.eval().sample(None if cfg.text_dim else inputs[2], inputs[3], **settings)
+        drawn = run.model.eval().sample(None if text else labels, text, **settings)
         assert drawn[-1].shape == (2, 4, 2, 2) and drawn[-1].device == META
-
-
-@pytest.mark.parametrize("family", ["far_nano", "far_tiny", "far_b"])
-@pytest.mark.parametrize("mask", ["none", "linear", "truncnorm"])
-@each_layout
-def test_no_training_step_and_no_sampler_reads_anything_from_the_device(layout, mask, family):
-    step_and_sample_on_meta(*meta_model(family, layout, mask=mask), muon=family == "far_tiny")
-
-
-@pytest.mark.parametrize("byte_depth", [0, 1])
-@each_layout
-def test_nor_does_a_text_model(layout, byte_depth):
-    model = meta_model("far_tiny_t2i", layout, text_dim=16, byte_depth=byte_depth)
-    step_and_sample_on_meta(*model, muon=True)
 
 
 @each_layout
@@ -511,21 +459,18 @@ def test_the_paper_s_sizes_have_the_parameters_of_the_paper(name, millions, head
     assert head is None or count(model.head) == pytest.approx(head, abs=0.05)
 
 
-def test_every_size_comes_in_every_layout_and_the_paper_s_sizes_default_to_the_paper_s():
+def test_every_size_comes_in_every_layout_on_every_grid_and_the_paper_s_sizes_default_to_the_paper_s():
+    assert ten_bands(16) == (2, 3, 4, 5, 6, 7, 8, 9, 10, 16) and doubling_bands(16) == (1, 2, 4, 8, 16)
+    for name, layout, size in product(PRESETS, LAYOUTS, (2, 3, 4, 6, 8, 16, 32)):
+        cfg = make_config(name, layout, size, 4, 10)
+        trained, sampled = 2 * [doubling_bands] if layout == "band" else (every_band, ten_bands)
+        assert cfg.layout == layout and LAYOUTS[layout].items() <= vars(cfg).items()
+        assert cfg.bands == trained(size) and sampling_defaults(cfg)["bands"] == sampled(size)
+        assert cfg.head_attention == 0 or layout == "band", name
+        ladder.check_bands(sampled(size), size)                           # FARConfig checks those of training
     for name in PRESETS:
-        for layout in LAYOUTS:
-            cfg = make_config(name, layout, 16, 4, 10)
-            assert cfg.layout == layout and LAYOUTS[layout].items() <= vars(cfg).items()
-            assert cfg.bands == (doubling_bands(16) if layout == "band" else every_band(16))
-            assert cfg.head_attention == 0 or layout == "band", name
         papers = name in ("far_b", "far_l", "far_h", "far_t2i")
         assert make_config(name, None, 16, 4, 10).layout == ("paper" if papers else "band")
-    defaults = {layout: sampling_defaults(make_config("far_b", layout, 16, 4, 10)) for layout in LAYOUTS}
-    paper = dict(sampler="ddpm", steps=(40, 100), hold=5.0, bands=ten_bands(16))
-    assert paper.items() <= defaults["paper"].items()
-    assert dict(sampler="ddpm", steps=(100, 100), cfg=3.0, cool=True).items() <= defaults["released"].items()
-    assert dict(sampler="dpmpp", bands=doubling_bands(16)).items() <= defaults["band"].items()
-    assert "hold" not in defaults["released"] and "hold" not in defaults["band"]
     assert sampling_defaults(make_config("far_b", None, 16, 4, 10, label_drop=0.0))["cfg"] == 1
 
 
@@ -541,32 +486,41 @@ def test_a_wrong_configuration_says_what_is_wrong(changes, word):
 
 # ---- agreement with the authors' network
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-GOLDEN = os.environ.get("FAR_GOLDEN", os.path.join(HERE, "..", "shared", "golden"))
-needs_golden = pytest.mark.skipif(not os.path.exists(os.path.join(GOLDEN, "far_tiny.npz")),
-                                  reason="no reference numbers, see the top of this file")
+GOLDEN = Path(os.environ.get("FAR_GOLDEN", Path(__file__).parents[1] / "shared" / "golden"))
+
+
+def numbers_of(network):
+    """What the authors' network of that name computed: tensors by name."""
+    if not GOLDEN.is_dir():
+        pytest.skip("no reference numbers, see the top of this file")
+    return {name: torch.from_numpy(array) for name, array in np.load(GOLDEN / f"{network}.npz").items()}
 
 
 @pytest.fixture(scope="module")
 def golden():
-    numbers = {k: torch.from_numpy(v) for k, v in np.load(os.path.join(GOLDEN, "far_tiny.npz")).items()}
-    cfg, ema, _ = load_published(os.path.join(GOLDEN, "far_tiny.pth"), n_head=4)
+    numbers = numbers_of("far_tiny")
+    cfg, ema, _ = load_published(str(GOLDEN / "far_tiny.pth"), n_head=4)
     model = FAR(cfg)
     model.load_state_dict(ema)
     return numbers, model.eval().requires_grad_(False)
 
 
-def agree(ours, theirs, tolerance=1e-4):
-    """Largest difference relative to 1 + |value|."""
-    assert ((ours.double() - theirs.double()).abs() / (1 + theirs.double().abs())).max() < tolerance
+agree = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4, check_dtype=False)
 
 
-def agree_in_rows(ours, theirs, tolerance=1e-4):
+def agree_in_rows(ours, theirs):
     """The same of whole tokens: small numbers carry the rounding of the large ones beside them."""
-    assert ((ours - theirs).norm(dim=-1) / (1 + theirs.norm(dim=-1))).max() < tolerance
+    assert ((ours - theirs).norm(dim=-1) / (1 + theirs.norm(dim=-1))).max() < 1e-4
 
 
-@needs_golden
+def test_the_published_tokenizer_agrees_with_the_authors():
+    d = numbers_of("kl16_tiny")
+    published = load_tokenizer(str(GOLDEN / "kl16_tiny.ckpt"))
+    found = *published.encode(d["image"]), published.decode(d["mean"])
+    agree(found, (d["mean"], d["logvar"], d["decoded"]))
+    assert published.latent_scale == torch.tensor(0.2325) and published.cfg.stride == 16
+
+
 def test_lowpass_and_transformer_agree_with_the_authors(golden):
     d, model = golden
     for k in (1, 2, 5, 8, 11, 15):
@@ -580,7 +534,6 @@ def test_lowpass_and_transformer_agree_with_the_authors(golden):
     agree(model.transformer(nine, [10], condition, [seen]), d["z_9_masked"])
 
 
-@needs_golden
 def test_the_diffusion_head_agrees_with_the_authors(golden):
     d, model = golden
     head = model.head
@@ -602,7 +555,6 @@ def test_the_diffusion_head_agrees_with_the_authors(golden):
         agree_in_rows(chain.posterior_mean(x0, d["head_xt"], s), d[f"p_mean_{s}"])
 
 
-@needs_golden
 def test_guidance_and_a_whole_chain_agree_with_the_authors(golden):
     d, model = golden
     head, xt = model.head, d["head_xt"][None]                                                   # (1, 40, 16)

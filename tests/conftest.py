@@ -1,8 +1,9 @@
-"""What the tests share: a command line called in this process, and a run that is trained once for all."""
+"""What the tests share: a command line called in this process, two at once, a run trained once for all."""
 import gc
-import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,30 +20,37 @@ torch.set_num_threads(1)       # as in the subprocesses: other numbers of thread
 def cli(capsys):
     """main(argv) of a script as from the command line: (exit code, stdout, last line of stderr)."""
     def run(main, *argv):
-        handler = signal.getsignal(signal.SIGTERM)
+        code = 0
         try:
             command_line(lambda: main([str(word) for word in argv]))
-            code = 0
         except SystemExit as stop:
             code = stop.code or 0
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-            gc.collect()                    # a run's lock goes with the frame of a main that was interrupted
+        gc.collect()                        # a run's lock goes with the frame of a main that was interrupted
         said, errors = capsys.readouterr()
         return code, said, errors.strip().split("\n")[-1]
     return run
 
 
+def two_at_once(work):
+    """What two calls of work() at once return: locks are held by open files, so threads have their own."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda _: work(), range(2)))
+
+
+def slowly(function):
+    """The function, so slow that the other one of two comes in between; it knows how often it was called."""
+    return Mock(side_effect=lambda *args, **more: time.sleep(0.1) or function(*args, **more))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A folder with pictures of two classes, and the arguments that train the smallest model on them."""
-    root, rng = tmp_path_factory.mktemp("tiny"), np.random.default_rng(0)
-    for channel, name in ((0, "red"), (2, "blue")):
+    root = tmp_path_factory.mktemp("tiny")
+    for name in ("red", "blue"):
         (root / "pictures" / name).mkdir(parents=True)
         for i in range(12):
-            picture = np.zeros((20, 20, 3), np.uint8)
-            picture[..., channel] = rng.integers(100, 255)
-            Image.fromarray(picture).save(root / "pictures" / name / f"{i}.png")
+            red, blue = (100 + 13 * i, 0) if name == "red" else (0, 100 + 13 * i)
+            Image.new("RGB", (20, 20), (red, 0, blue)).save(root / "pictures" / name / f"{i}.png")
     data = load_data(str(root / "pictures"), 16, str(root / "data"))
     train_tokenizer(data, TokenizerConfig(3, 16, 4, 8, 16), str(root / "tokenizer.pt"), steps=10)
     return root, ["--data", root / "pictures", "--size", 16, "--data-dir", root / "data",

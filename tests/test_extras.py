@@ -1,7 +1,9 @@
-"""Tests of extras: baselines, the ablations' rows and verdicts, counted costs."""
+"""Tests of extras: baselines, ablations, counted costs, the authors' files, the checker of text-to-image."""
+import argparse
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,12 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import evaluate
 import sample
 import train
-from extras import ablate, baselines, benchmark, gpu_check
+from common import InputError
+from extras import ablate, baselines, benchmark, export, geneval, gpu_check, published
 from far import FAR, LAYOUTS, Randomness, make_config, sampling_defaults
-from tokenizer import TokenizerConfig, default_config
+from shapes import COLORS, HELD_OUT, SHAPES, caption
+from test_far import small
+from tokenizer import AutoencoderKL, TokenizerConfig, default_config
 
 
-def small(method):
+def small_baseline(method):
     """A small model of a method for latents (4, 4, 4) of 4 classes, and the arguments that sample it."""
     torch.manual_seed(0)
     changes = dict(baselines.configure(method, 4, 4, 4)[1], width=32, depth=1, head_width=32, head_depth=2)
@@ -25,7 +30,7 @@ def small(method):
 
 @pytest.mark.parametrize("method", ["mar_random", "mar_raster"])
 def test_mar_draws_every_token_once(method, monkeypatch):
-    (model, settings), number = small(method), iter(range(1, 100))
+    (model, settings), number = small_baseline(method), iter(range(1, 100))
     monkeypatch.setattr(model, "draws", 6)
     monkeypatch.setattr(model.head, "sample", lambda z, noise, *_: torch.full_like(noise(), next(number)))
     grids = torch.stack(model.eval().sample(torch.arange(2), **settings))[:, :, 0].flatten(2)    # (6, B, 16)
@@ -40,7 +45,7 @@ def test_a_baseline_is_as_large_as_far_and_learns_a_handful_of_latents(method):
     whole = [baselines.METHODS[name](baselines.configure(name, 4, 32, 10)[0]) for name in (method, "far")]
     ours, theirs = (sum(p.numel() for p in model.parameters()) for model in whole)
     assert 0.85 < ours / theirs < 1.15
-    model, settings = small(method)
+    model, settings = small_baseline(method)
     wanted = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(1)).sign()
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
     for step in range(150):
@@ -104,7 +109,7 @@ def test_a_difference_counts_only_beyond_the_spread_of_the_seeds():
     assert cells[0][1:4] == ["first", "5.50", "1.00"]
 
 
-def test_costs_are_those_of_a_whole_sampling(monkeypatch):
+def test_costs_are_those_of_a_whole_sampling_and_every_layout_is_timed(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "PRESETS", ["far_nano"])
     monkeypatch.setattr(benchmark, "IMAGENET", (4, 8, 10))
     rows = [[cell.strip() for cell in line.split("|")] for line in benchmark.counted()[2:]]
@@ -116,16 +121,105 @@ def test_costs_are_those_of_a_whole_sampling(monkeypatch):
         with FlopCounterMode(display=False) as counter:
             model.sample(torch.zeros(1, dtype=torch.long, device="meta"), **settings)
         assert benchmark.sampling_flops(model, settings) == counter.get_total_flops()
-
-
-def test_a_size_is_timed_and_the_gpu_check_calls_what_there_is(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "IMAGENET", (4, 8, 10))
     benchmark.main(["--model", "far_nano", "--batch", "2"])
+    said = capsys.readouterr().out
+    assert all(f"| far_nano, {name} | 2 |" in said for name in LAYOUTS)
+
+
+def test_the_gpu_check_calls_what_there_is(monkeypatch, capsys):
     trained, sampled = [], []
     monkeypatch.setattr(gpu_check, "timed", lambda name, cfg, *_: f"| {name}, {cfg.layout} |")
     monkeypatch.setattr(train, "main", lambda argv: trained.append(train.get_args(argv).out))
     monkeypatch.setattr(sample, "main", lambda argv: sampled.append(sample.get_args(argv).ckpt))
     gpu_check.main([])
     said = capsys.readouterr().out
-    assert all(f"| far_nano, {name} | 2 |" in said and f"| far_b, {name} |" in said for name in LAYOUTS)
-    assert len(trained) == 2 and trained == sampled
+    assert all(f"| far_b, {name} |" in said for name in LAYOUTS) and len(trained) == 2 and trained == sampled
+
+
+def test_the_authors_files_become_a_run_that_is_sampled_and_given_away(tmp_path, monkeypatch):
+    block = "norm1 attn.qkv attn.proj norm2 mlp.fc1 mlp.fc2"
+    layers = {"": "z_proj z_proj_ln encoder_norm decoder_embed decoder_norm",
+              "encoder_blocks.{}.": block, "decoder_blocks.{}.": block,
+              "diffloss.net.": "time_embed.mlp.0 time_embed.mlp.2 cond_embed index_cond_embed input_proj",
+              "diffloss.net.res_blocks.{}.": "in_ln mlp.0 mlp.2 adaLN_modulation.1",
+              "diffloss.net.final_layer.": "linear adaLN_modulation.1"}
+    names = [f"{part}_pos_embed_learned" for part in ("encoder", "decoder", "diffusion")]
+    names += ["class_emb.weight", "fake_latent", "mask_token"]
+    names += [start.format(i) + layer + end for start, every in layers.items() for layer in every.split()
+              for end in (".weight", ".bias") for i in (0, 1)]
+    model, theirs, run, given = small("released", 4, 16, 5), *(str(tmp_path / name) for name in "abc")
+    state, kl16 = model.state_dict(), str(tmp_path / "kl16.ckpt")
+    weights = {name: state[published.our_name(name)] for name in names}
+    content = dict(model={n: w + 1 for n, w in weights.items()}, model_ema=weights, args=argparse.Namespace())
+    torch.save(content, theirs)
+    torch.save(dict(model=AutoencoderKL(TokenizerConfig(3, 256, 16, 16, 32, True)).state_dict()), kl16)
+    monkeypatch.setitem(published.HEADS, model.cfg.width, model.cfg.n_head)
+    published.main([theirs, kl16, run])
+    export.main([run, given])
+    sample.main(["--ckpt", given, "--classes", "3", "--n", "2", "--steps", "2"])
+    ours, half = sample.load_run(run), sample.load_run(given).model.state_dict()
+    assert dict(vars(ours.model.cfg), dropout=0.0) == vars(model.cfg)
+    for name, value in ours.model.state_dict().items():
+        assert torch.equal(value, state[name]) and torch.equal(half[name], value.half().float())
+    assert torch.equal(sample.load_run(run, ema=False).model.null_cond, state["null_cond"] + 1)
+    weights["surprise"] = weights.pop("z_proj_ln.bias")
+    for wrong, message in ((content, "norm_in.bias(.|\n)*surprise"), (weights, "of FAR's authors")):
+        torch.save(wrong, theirs)
+        with pytest.raises(InputError, match=message):
+            published.main([theirs, kl16, run])
+
+
+PLACES = {"left of": dict(x=0.2), "right of": dict(x=0.8), "above": dict(y=0.2), "below": dict(y=0.8)}
+
+
+def wrong(category, prompt):
+    """A prompt with one thing wrong that its category looks at: shape, number, colour(s) or place."""
+    kinds, where = list(prompt["kinds"]), next(other for other in PLACES if other != prompt["relation"])
+    (color, shape), (last_color, last_shape) = kinds[0], kinds[-1]
+    if category == "counting":
+        kinds = kinds[:1] * (5 - len(kinds))
+    elif category == "colour attribution" and color != last_color and shape != last_shape:
+        kinds = [(last_color, shape), (color, last_shape)]
+    elif category.startswith("colour"):
+        kinds[0] = next(other for other in COLORS if other != color), shape
+    elif category != "position":
+        kinds[0] = color, next(other for other in SHAPES if other != shape)
+    return dict(kinds=kinds, relation=where)
+
+
+def test_the_checker_is_right_on_real_drawings_and_sees_what_is_wrong():
+    shown = geneval.real(32, n=60)
+    spoilt = {c: ([wrong(c, prompt) for prompt in asked], images) for c, (asked, images) in shown.items()}
+    assert min(geneval.rate(shown).values()) >= 0.98 and max(geneval.rate(spoilt).values()) <= 0.02
+
+
+def test_the_checker_finds_nothing_in_noise_grey_or_smears():
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    image = np.full((32, 32, 3), 125, np.uint8)
+    assert not geneval.find_objects(image) and not any(one["shape"] for one in geneval.find_objects(noise))
+    image[14:18, 2:30] = (225, 35, 35)                       # a red bar is none of the four shapes
+    found, = geneval.find_objects(image)
+    assert found["color"] == "red" and found["shape"] is None
+
+
+def test_prompts_are_captions_of_the_training_data_or_held_out_from_them():
+    for category, task in geneval.CATEGORIES.items():
+        seen, unseen = geneval.prompts(category, False, 1000), geneval.prompts(category, True, 1000)
+        for prompt in seen + unseen:
+            things = [dict(color=c, shape=s, radius=0.195, x=0.5, y=0.5) for c, s in prompt["kinds"]]
+            things[0].update(PLACES.get(prompt["relation"], {}))
+            truth = dict(task=task, objects=things, say_size=False, say_background=False, say_place=None)
+            assert prompt["text"] == caption(truth)
+        pairs = [{frozenset(map(" ".join, prompt["kinds"])) for prompt in asked} for asked in (seen, unseen)]
+        assert not pairs[0] & HELD_OUT and pairs[1] == (HELD_OUT if task in ("two", "position") else set())
+
+
+def test_the_table_of_the_weights_that_come_with_the_code(monkeypatch, cli, tiny_run):
+    monkeypatch.setattr(geneval, "prompts", lambda *asked, all=geneval.prompts: all(*asked, most=6))
+    monkeypatch.setattr(geneval, "real", lambda size, all=geneval.real: all(size, n=20))
+    code, said, _ = cli(geneval.main, "--n", 2, "--device", "cpu")
+    rows = [line.split("|") for line in said.splitlines()[2:6]]
+    means = {row[1].strip(): float(row[-2]) for row in rows}
+    assert code == 0 and means.pop("real drawings") == 1 and len(means) == 3 and min(means.values()) >= 0.6
+    code, _, error = cli(geneval.main, "--ckpt", tiny_run)
+    assert code == 2 and "draws classes" in error

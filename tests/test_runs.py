@@ -1,4 +1,4 @@
-"""Runs: stopped, moved, in several processes, on a full disk; bad input. `-m slow`: killed twenty times."""
+"""Training and sampling: stopped, moved, several processes, bad input. `-m slow`: killed twenty times."""
 import errno
 import json
 import os
@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from copy import deepcopy
 from functools import partial
+from itertools import chain, product, repeat
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -22,10 +23,14 @@ from PIL import Image
 
 import sample
 import train
-from common import InputError, hold_lock, load_checkpoint, prefetch, previous, save_checkpoint
+from blocks import MLP
+from common import InputError, epochs, hold_lock, load_checkpoint, prefetch, previous, save_checkpoint
 from data import load_data
 from evaluate import feature_statistics, frechet_distance
-from far import FAR, LAYOUTS, Randomness, make_config, sampling_defaults
+from extras.benchmark import training_flops
+from far import FAR, PRESETS, Randomness, make_config, sampling_defaults
+from test_far import each_layout, run_of, small
+from tokenizer import default_config
 
 HERE = Path(__file__).parents[1]
 TWO = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"
@@ -42,13 +47,6 @@ def finish(process):
     said, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-2000:]
     return said
-
-
-def run_of(model, steps, world=1):
-    """What train.train_step looks at, outside of train.main."""
-    recipe = dict(lr=3e-3, warmup=10, steps=steps, decay=True, muon=False, ema=0.95, clip=3.0)
-    return SimpleNamespace(model=model, ema=deepcopy(model), optimizer=train.make_optimizer(model, recipe),
-                           recipe=recipe, device=torch.device("cpu"), dtype="fp32", world=world)
 
 
 def weights_of(out):
@@ -76,17 +74,14 @@ def press_ctrl_c_before(step, patch):
     patch.setattr(train, "learning_rate", learning_rate)
 
 
-def dying(*_):
-    raise KeyboardInterrupt
-
-
 def full_disk(content, file):
     file.write(b"half")
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("module, name, failing, code, reason", [
-    (train, "log", dying, 130, "interrupted"), (torch, "save", full_disk, 2, "the disk is full"),
+    (train, "log", Mock(side_effect=KeyboardInterrupt), 130, "interrupted"),
+    (torch, "save", full_disk, 2, "the disk is full"),
     (train, "learning_rate", lambda *_: np.nan, 2, "not finite between steps 5 and 12: try --dtype fp32")])
 def test_a_run_that_was_stopped_moved_and_then_failed_goes_on_and_ends_as_the_unbroken_one_bit_for_bit(
         module, name, failing, code, reason, tiny, tiny_run, cli, tmp_path, monkeypatch):
@@ -127,6 +122,61 @@ def test_the_folder_of_another_run_or_of_a_running_one_is_refused(tiny, tiny_run
     assert code == 2 and "another training" in line and own.read_bytes() == before
 
 
+def test_an_epoch_shows_every_image_once_and_a_stream_starts_anywhere():
+    streams = epochs(0, 4, 10, seed=0), epochs(8, 2, 10, seed=0)
+    first, later = (torch.cat([next(stream) for _ in range(6)]) for stream in streams)
+    assert sorted(first[:10].tolist()) == sorted(first[10:20].tolist()) == list(range(10))
+    assert first[:10].tolist() != first[10:20].tolist() and torch.equal(first[8:20], later)
+
+
+def test_every_size_has_a_recipe_far_b_on_imagenet_has_the_paper_s_and_the_average_warms_up():
+    def recipe_of(model, n_images=50_000, world=1, accum="1", size=256):
+        args = train.get_args(["--model", model, "--accum", accum])
+        data = type("Data", (), dict(n_class=1000, __len__=lambda self: n_images))()
+        return train.configure(args, data, default_config(size, 3), None, world)
+
+    for size, model in product((32, 256), PRESETS):
+        cfg, recipe = recipe_of(model, size=size)
+        assert max(500, recipe["warmup"]) < recipe["steps"] < 150_000 and recipe["lr"] <= 0.015
+        assert (train.learning_rate(recipe["steps"] - 1, recipe) < 1e-3 * recipe["lr"]) == recipe["decay"]
+        if model == "far_b":                                   # an hour of a GPU
+            seconds = training_flops(cfg, 1) * recipe["effective"] * recipe["steps"] / (0.4 * 400e12)
+            assert seconds == pytest.approx(3600, rel=0.25)
+    (_, recipe), steps = recipe_of("far_b", 1_281_167, world=8), 400 * 1_281_167 // 1024
+    assert recipe == recipe_of("far_b", 1_281_167, world=4, accum="2")[1]
+    assert (recipe["effective"], recipe["steps"], recipe["warmup"]) == (1024, steps, -(-steps // 4))
+    rates = [train.learning_rate(step, recipe) for step in (0, recipe["warmup"] - 1, steps - 1)]
+    assert rates == pytest.approx([4e-4 / recipe["warmup"], 4e-4, 4e-4])
+    for step, decay in ((0, 0.1), (1, 2 / 11), (10 ** 6, 0.9999)):
+        model, ema = (torch.nn.ParameterList([torch.full((1,), value)]) for value in (1.0, 0.0))
+        train.update_ema(ema, model, step, 0.9999)
+        assert ema[0].item() == pytest.approx(1 - decay, rel=1e-3)
+
+
+def test_adamw_decays_positions_and_mask_token_too_and_muon_steps_alike_in_every_direction():
+    model = small("paper")
+    optimizer = train.make_optimizer(model, dict(lr=1e-3, muon=False))
+    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        free = name.startswith("head.") or name.endswith("bias") or "norm" in name
+        assert decay[p] == (0.0 if free else 0.02), name
+    optimizer = train.make_optimizer(model, dict(lr=1e-2, muon=True))
+    matrices, others = (group["params"] for group in optimizer.param_groups)
+    assert all(p.ndim == 2 for p in matrices) and {*matrices, *others} == set(decay)
+    for weight in (model.encoder[0].mlp.fc1.weight, model.encoder[0].mlp.fc2.weight):        # tall, and wide
+        before = weight.detach().clone()
+        weight.grad = torch.randn_like(weight) * torch.logspace(0, -1.5, weight.shape[1])   # unlike columns
+        u, _, v = torch.linalg.svd(weight.grad, full_matrices=False)
+        optimizer.step()
+        sizes = u.mT @ (before * (1 - 1e-2 * 0.02) - weight).detach() @ v.mT      # by singular vectors
+        assert (sizes - sizes.diag().diag()).abs().max() < 1e-3 * sizes.max() < 2.1e-3 * sizes.diag().min()
+
+
+def test_an_mlp_drops_after_its_activation_and_after_its_second_layer():
+    y = MLP(SimpleNamespace(width=64, dropout=0.5)).train()(torch.ones(200, 64))
+    assert 0.45 < (y == 0).float().mean() < 0.55 and len(y[:, 0].unique()) > 20
+
+
 # ---- several processes
 
 def test_two_processes_train_like_one_and_sample_what_one_samples(tiny, tmp_path):
@@ -145,14 +195,13 @@ def test_two_processes_train_like_one_and_sample_what_one_samples(tiny, tmp_path
     finish(start(*sampling, "--out", one / "drawn"))
     finish(start(*TWO, *sampling, "--out", two / "drawn"))
     assert (one / "drawn.npz").read_bytes() == (two / "drawn.npz").read_bytes()
-    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".tmp" or ".parts" in path.name]
+    assert not [path for path in tmp_path.rglob("*.*") if path.suffix[:6] in (".tmp", ".lock", ".parts")]
 
 
 def test_gradients_are_shared_with_the_last_micro_batch_only():
-    cfg = make_config("far_nano", "band", 4, 4, 10, width=16, n_head=2, depth=1)
-    model, shared = FAR(cfg), []
+    model, shared = small(), []
     model.register_forward_hook(lambda *_: shared.append(model.require_backward_grad_sync))
-    train.train_step(run_of(model, steps=9, world=2), [train.some_inputs(cfg, 2, "cpu")] * 3, 0)
+    train.train_step(run_of(model, world=2), [train.some_inputs(model.cfg, 2, "cpu")] * 3, 0)
     assert shared == [False, False, True]
 
 
@@ -188,7 +237,7 @@ def test_twenty_kills_change_nothing(tiny, tmp_path):
 
 # ---- sampling
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each_layout
 def test_the_default_sampler_of_a_short_training_draws_pictures_and_no_noise(layout):
     """In the data's range, and as near to the data as a few steps of the solver; latents are drawn shapes."""
     x = F.interpolate(load_data("shapes", 16).batch(torch.arange(400)).float(), 4, mode="area")
@@ -196,7 +245,7 @@ def test_the_default_sampler_of_a_short_training_draws_pictures_and_no_noise(lay
     torch.manual_seed(0)
     model = FAR(make_config("far_nano", layout, 4, 3, 1, width=32, depth=1, head_width=32))
     model.measure_band_std(x)
-    run, labels = run_of(model, steps=100), torch.zeros(64, dtype=torch.long)
+    run, labels = run_of(model), torch.zeros(64, dtype=torch.long)
     for step in range(100):
         few = x[torch.randint(0, 400, (24,))]
         train.train_step(run, [(few, Randomness(0, step), labels[:24], None)], step)
@@ -241,20 +290,16 @@ def test_more_classes_than_a_picture_shows_are_all_in_the_npz(tiny_run, cli, mon
 
 
 def test_interrupted_sampling_goes_on(monkeypatch, tmp_path):
-    calls, numbers = [], torch.arange(600).remainder(251).byte()
-
-    def generate(run, part, seed, first, *rest):
-        calls.append(first)
-        if len(calls) == 12:
-            raise KeyboardInterrupt
-        return numbers[first:first + len(part), None, None, None]
-
+    numbers = torch.arange(600).remainder(251).byte()[:, None]
+    generate = Mock(wraps=lambda run, part, seed, first, *rest: numbers[first:first + len(part)])
+    generate.side_effect = [DEFAULT] * 11 + [KeyboardInterrupt]
     monkeypatch.setattr(sample, "generate", generate)
     sample_all = partial(sample.sample_in_parts, None, [0] * 600, str(tmp_path), batch=50)
     with pytest.raises(KeyboardInterrupt):
         sample_all()
-    calls.clear()
-    assert torch.equal(sample_all().flatten(), numbers) and calls == [500, 550]
+    generate.reset_mock(side_effect=True)
+    assert torch.equal(sample_all(), numbers)
+    assert [call.args[3] for call in generate.call_args_list] == [500, 550]
 
 
 # ---- what a user can get wrong: one line and exit code 2, a case for every kind of mistake
@@ -268,7 +313,8 @@ def test_interrupted_sampling_goes_on(monkeypatch, tmp_path):
     (train, "--model far_t2i", "--text"), (sample, "--sampler euler", "dpmpp"), (sample, "--cfg nan", "nan"),
     (sample, "--prompt cat", "--classes"), (sample, "--classes green", "green"),
     (sample, "--steps 10,1001", "--steps"), (sample, "--ckpt nowhere", "no file nowhere"),
-    (sample, f"--ckpt {__file__}", "not a checkpoint")])
+    (sample, f"--ckpt {__file__}", "not a checkpoint"), (sample, "--bands 1,2", "--bands"),
+    (sample, "--bands 3,4", "--layout paper")])
 def test_bad_input_is_one_line_and_exit_code_2(script, flags, words, tiny, tiny_run, cli, tmp_path):
     good = dict(train=[*tiny[1], "--out", tmp_path / "run"], sample=["--ckpt", tiny_run])[script.__name__]
     code, _, line = cli(script.main, *good, *flags.split())
@@ -301,16 +347,10 @@ def test_dying_between_any_two_file_operations_of_a_save_leaves_a_whole_checkpoi
     save = lambda step: save_checkpoint(path, dict(kind="far", run={}, step=step))
     save(step)
     for at in sorted([*range(6)] * 2):                          # two saves in a row, each of which dies there
-        left = iter(range(at))
-
-        def operation(*args, original):
-            if next(left, None) is None:
-                dying()
-            return original(*args)
-
+        what_happens = chain([DEFAULT] * at, repeat(KeyboardInterrupt))
         with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
             for name in ("replace", "fsync"):
-                patch.setattr(os, name, partial(operation, original=getattr(os, name)))
+                patch.setattr(os, name, Mock(wraps=getattr(os, name), side_effect=what_happens))
             save(step + 1)
         found = train.resume_point(path, {})["step"]
         assert found in (step, step + 1)

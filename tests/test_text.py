@@ -12,6 +12,7 @@ import sample
 import text
 import train
 from common import InputError
+from conftest import slowly, two_at_once
 from data import Images
 from far import Randomness
 from test_far import each_layout, small
@@ -68,26 +69,23 @@ def test_words_are_tokens_of_their_bytes_and_a_long_caption_is_cut_with_one_warn
     assert capsys.readouterr().out.count("after 64 words") == 1
 
 
-def test_one_of_several_captions_is_drawn_and_vectors_are_cached_once_and_equal_the_direct_ones(tmp_path):
-    calls, captions = [], [(f"{CAPTIONS[i % 3]} {i}",) for i in range(11)]
+def test_one_of_several_captions_is_drawn_and_vectors_are_the_direct_ones_made_by_one_of_two(tmp_path):
+    captions = [(f"{CAPTIONS[i % 3]} {i}",) for i in range(11)]
     captions[7] += "picture 7",
-
-    def encode(captions):
-        calls.append(len(captions))
-        return text.pad([torch.tensor([[float(ord(letter))] for letter in one]) for one in captions])
-
+    vectors = lambda caption: torch.tensor([[float(ord(letter))] for letter in caption])
+    encode = slowly(lambda captions: text.pad([*map(vectors, captions)]))
     encoder = SimpleNamespace(fingerprint="x", encode=encode, token_ids=lambda found: [*map(list, found)])
     data = Images(np.zeros((11, 3, 4, 4)), "some", 4, False, [0] * 11, ["all"], "", captions)
     cache = lambda: text.text_source(encoder, data, str(tmp_path), size=4, batch=3)
-    cached = cache() and cache()
-    assert calls == [3, 1] * 3, "12 captions of 11 images, in files of 4, made once"
+    cached, _ = two_at_once(cache)
+    assert cache() and encode.call_count == 6, "12 captions, in files of 4 by 3 and 1, made once"
     for source, direct in ((cached, encode), (text.text_source(None, data, ""), byte_tokens)):
         wanted = direct(["picture 7", captions[0][0], captions[7][0]])
         for found, part in zip(source([7, 0, 7], [0.7, 0.9, 0.4]), wanted):
             assert torch.equal(found.float(), part.float())
     captions[10] = "another",
     cache()
-    assert len(calls) == 13, "a changed caption was not noticed"
+    assert encode.call_count == 6 + 1 + 6, "a changed caption was not noticed"
 
 
 @pytest.fixture(scope="module")
