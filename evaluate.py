@@ -23,8 +23,7 @@ from data import load_data, read_pictures
 from sample import add_sampling_flags, load_run, sample_in_parts, sampling_settings
 from tokenizer import fingerprint
 
-# TensorFlow's Inception of 2015 as TorchScript, published with StyleGAN2-ADA. It takes RGB images of 0..255,
-# and resizes them to 299 px by itself, the way the first FID code did: do not resize them before.
+# TensorFlow's Inception of 2015, from StyleGAN2-ADA: it resizes RGB images of 0..255 to 299 px by itself
 FID_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 FID_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
@@ -36,41 +35,30 @@ def feature_statistics(features):
     n, width = features.shape
     if n <= width:
         print(f"WARNING: {n} images are too few, FD is too large: take {10 * width}", file=sys.stderr)
-    mean = features.mean(0, dtype=np.float64)
-    centred = features - mean                      # E[xx'] - mm' would cancel; 0.8 GB for 50,000 x 2048
-    return mean, centred.T @ centred / (n - 1)
+    return features.mean(0, dtype=np.float64), np.cov(features, rowvar=False, dtype=np.float64)
 
 
 def frechet_distance(mu_a, sigma_a, mu_b, sigma_b):
     """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)), FID: Heusel et al. 2017, eq. 6."""
-    values, vectors = np.linalg.eigh(sigma_a)
-    root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T                            # A^(1/2), (F, F)
-    # A B has the eigenvalues of the symmetric A^(1/2) B A^(1/2): singular covariances do no harm
-    trace_root = np.sqrt(np.linalg.eigvalsh(root_a @ sigma_b @ root_a).clip(min=0)).sum()
+    # A B is similar to the symmetric A^(1/2) B A^(1/2): its eigenvalues are >= 0 but for rounding
+    trace_root = np.sqrt(np.linalg.eigvals(sigma_a @ sigma_b).real.clip(min=0)).sum()
     distance = ((mu_a - mu_b) ** 2).sum() + np.trace(sigma_a) + np.trace(sigma_b) - 2 * trace_root
     return float(max(distance, 0))                 # rounding leaves -1e-12 for equal sets
 
 
 def inception_score(probabilities, splits=10):
     """exp(mean KL(p(y|x) || p(y))) of probabilities (N, K), mean of random parts (Salimans et al. 2016)."""
-    p = np.asarray(probabilities, np.float64)
-    scores = []
-    for part in np.array_split(np.random.default_rng(0).permutation(len(p)), min(splits, len(p))):
-        q = p[part]
-        log_ratio = np.log(q.clip(min=1e-300)) - np.log(q.mean(0).clip(min=1e-300))  # p log p -> 0 as p -> 0
-        scores.append(np.exp((q * log_ratio).sum(1).mean()))
-    return float(np.mean(scores))
+    p = torch.as_tensor(probabilities, dtype=torch.float64)
+    parts = p[np.random.default_rng(0).permutation(len(p))].tensor_split(min(splits, len(p)))
+    return float(np.mean([(q.xlogy(q) - q.xlogy(q.mean(0))).sum(1).mean().exp() for q in parts]))
 
 
 def precision_recall(real, fake, k=3):
-    """
-    Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2) of features (N, F), (M, F): the share of
-    fake images that are nearer to a real one than its k-th neighbour beside itself, and vice versa. N, M > k.
-    """
-    real, fake = (torch.from_numpy(np.asarray(x, np.float64)) for x in (real, fake))
-    centre = real.mean(0)                                    # cdist's matrix product loses digits far from 0
+    """Improved precision, recall (Kynkaanniemi et al. 2019, eq. 1-2) of features (N, F), (M, F); N, M > k."""
+    centre = np.mean(real, axis=0, dtype=np.float64)         # cdist's matrix product loses digits far from 0
+    real, fake = torch.from_numpy(real - centre), torch.from_numpy(fake - centre)
     shares = []
-    for points, others in ((fake - centre, real - centre), (real - centre, fake - centre)):
+    for points, others in ((fake, real), (real, fake)):      # nearer to an other than its own k-th neighbour
         radius = torch.cat([torch.cdist(part, others).kthvalue(k + 1).values for part in others.split(1000)])
         inside = [(torch.cdist(part, others) <= radius).any(1) for part in points.split(1000)]
         shares.append(float(torch.cat(inside).double().mean()))
@@ -121,8 +109,7 @@ def train_classifier(net, data, device, steps=1500, batch=128):
     for step in tqdm(range(steps), desc="training the classifier, once", disable=None, leave=False):
         rows = torch.randint(len(data), (batch,), generator=rng)
         images = torch.roll(data.batch(rows), torch.randint(-1, 2, (2,), generator=rng).tolist(), (2, 3))
-        if data.flip and step % 2:
-            images = images.flip(3)
+        images = images.flip(3) if data.flip and step % 2 else images
         loss = nn.functional.cross_entropy(net(images)[1], data.labels[rows].to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -215,15 +202,13 @@ def open_inputs(args, run, device):
         labels = torch.arange(args.n) % len(known["class_names"])
     else:
         images, labels = read_images(args.samples)
-    name = args.data or known.get("source") or ""
-    folder = args.data_dir or known.get("data_dir", "data")
+    name, folder = args.data or known.get("source"), args.data_dir or known.get("data_dir", "data")
     if not name and not args.reference:
         raise InputError("there is nothing to compare with: add --data or --reference")
     if name:
         data, test = (load_data(name, images.shape[2], folder, split, skip_bad=True)
                       for split in ("train", "test"))
-        if data.channels == 1 and (images == images[:, :1]).all():           # R = G = B stands for grey
-            images = images[:, :1]
+        images = images[:, :data.channels] if (images == images[:, :1]).all() else images    # grey: R = G = B
         if images.shape[1:] != (data.channels, data.size, data.size):
             raise InputError(f"{name} has {data.channels} x {data.size} px, images {tuple(images.shape[1:])}")
         # a folder's classes are numbered among themselves: with fewer than the data has, they mean others
@@ -272,13 +257,11 @@ def main(argv=None):
     rows = {"generated": score(images.split(250), labels, network, reference)}
     if test:                                                 # what perfect samples, as many, would score
         rows["real test images"] = score(*pick(test, len(images)), network, reference)
-    distance = "FID" if args.features == "inception" else "FD (classifier)"
-    titles = dict(n="images", frechet_distance=distance, inception_score="IS", precision="precision",
-                  recall="recall", accuracy="label right")
+    titles = dict(n="images", frechet_distance="FID" if args.features == "inception" else "FD (classifier)",
+                  inception_score="IS", precision="precision", recall="recall", accuracy="label right")
     for name, row in {"": titles, **rows}.items():
-        cells = [row.get(key, "-") for key in titles]
-        cells = [f"{cell:.3f}" if isinstance(cell, float) else cell for cell in cells]
-        print(f"{name:17}" + "".join(f"{cell:>16}" for cell in cells))
+        cells = {key: f"{cell:.3f}" if isinstance(cell, float) else cell for key, cell in row.items()}
+        print(f"{name:17}" + "".join(f"{cells.get(key, '-'):>16}" for key in titles))
     print(f"\nfeatures: {args.features}\nreference: {args.reference or 'training images'}")
     print(*(f"{name}: {value}" for name, value in sampling.items()), sep="\n")
 

@@ -7,8 +7,7 @@ Draw images from a trained run: a grid, what every band adds, or an npz for eval
     python sample.py --ckpt runs/cifar10_far_s --n 50000 --npz    # (N, H, W, 3) uint8 for evaluators; resumes
     torchrun --nproc_per_node 8 -- sample.py ... --npz                # every process makes its share
 
-The same seed and arguments give the same bytes; image i depends on (seed, i) only: `--n 8` are the first 8 of
-`--n 64`.
+The same seed and arguments give the same bytes; image i depends on (seed, i) only, whatever --n.
 """
 import os
 import shutil
@@ -34,9 +33,8 @@ COLUMNS = 24                     # the most classes or prompts that a picture sh
 
 def load_run(path, device="cpu", ema=True, build=FAR):
     """
-    A trained run for sampling, from its folder or its far.pt with tokenizer.pt beside it; build(cfg) makes
-    the model. -> model and tokenizer in eval mode, data (a dict, see train.main), encoder (see
-    text.py), step, device, dtype and its folder, as attributes. InputError.
+    A trained run, from its folder or its far.pt with tokenizer.pt beside it: its attributes are model (made
+    by build(cfg)) and tokenizer in eval mode, data (see train.main), encoder, step, and so on. InputError.
     """
     path = os.path.join(path, "far.pt") if os.path.isdir(path) else path
     checkpoint = load_checkpoint(path, "far")
@@ -56,15 +54,13 @@ def load_run(path, device="cpu", ema=True, build=FAR):
         folder=os.path.dirname(path))
 
 
+@torch.inference_mode()
 def generate(run, shown, seed=0, first=0, batch=64, every_band=False, progress=lambda: None, **sampling):
     """
     Images of what is shown, class numbers or prompts (N of them), image i with the noise of (seed, first +
     i); `sampling` goes to FAR.sample. -> uint8 (N, c, S, S); with `every_band` a list of those, one per band.
     """
-    def decode(x):
-        with torch.inference_mode(), autocast(run.device, run.dtype):
-            return to_uint8(run.tokenizer.decode(x / run.tokenizer.latent_scale)).cpu()
-
+    decode = lambda x: to_uint8(run.tokenizer.decode(x / run.tokenizer.latent_scale)).cpu()
     rows = []
     for i in range(0, len(shown), batch):
         part = shown[i:i + batch]
@@ -74,8 +70,8 @@ def generate(run, shown, seed=0, first=0, batch=64, every_band=False, progress=l
             condition = dict(labels=torch.as_tensor(part, device=run.device))
         with autocast(run.device, run.dtype):
             bands = run.model.sample(**condition, seed=seed, first=first + i, progress=progress, **sampling)
-        bands = bands if every_band else bands[-1:]                                       # (B, C, H, H) each
-        rows.append([torch.cat([decode(few) for few in x.split(64)]) for x in bands])
+            bands = bands if every_band else bands[-1:]                                   # (B, C, H, H) each
+            rows.append([torch.cat([decode(few) for few in x.split(64)]) for x in bands])
     images = [torch.cat(band) for band in zip(*rows)]
     return images if every_band else images[-1]
 
@@ -92,9 +88,18 @@ def sample_in_parts(run, shown, folder, seed=0, batch=64, **sampling):
     return torch.from_numpy(parts[range(len(shown))]) if rank_and_world()[0] == 0 else None
 
 
-def columns_of(run):
-    """All that a run draws: class numbers, or the prompts that stand in its checkpoint."""
-    return list(run.data["prompts"] if run.model.cfg.text_dim else range(len(run.data["class_names"])))
+def what_to_draw(run, prompts=None, classes=None):
+    """Prompts, or the numbers of `classes`, "bag,3"; by default all that the checkpoint knows. InputError."""
+    names, chosen = run.data["class_names"], classes.split(",") if classes else []
+    right, wrong = ("prompt", "classes") if run.model.cfg.text_dim else ("classes", "prompt")
+    if dict(prompt=prompts, classes=classes)[wrong]:
+        raise InputError(f"this model draws from --{right}, not from --{wrong}")
+    numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+    for text in chosen:
+        if text not in numbers:
+            raise InputError(f"--classes: {text!r} is neither a class nor a number below {len(names)}")
+    everything = run.data["prompts"] if run.model.cfg.text_dim else range(len(names))
+    return prompts or [numbers[text] for text in chosen] or list(everything)
 
 
 def draw_pictures(run, what, n, paths, seed=0, batch=4 * COLUMNS, **sampling):
@@ -129,9 +134,7 @@ def add_sampling_flags(parser):
 def sampling_settings(args, cfg):
     """Arguments of FAR.sample from the command line, else the model's defaults. InputError."""
     settings = sampling_defaults(cfg)
-    for name in ("bands", "sampler", "steps", "cfg", "temperature"):
-        if getattr(args, name) is not None:
-            settings[name] = getattr(args, name)
+    settings |= {name: value for name, value in vars(args).items() if name in settings and value is not None}
     settings["steps"] = settings["steps"][0], settings["steps"][-1]          # one number is for all bands
     if max(settings["steps"]) > 1000:
         raise InputError("--steps must be between 1 and 1000, the steps of the training")
@@ -142,23 +145,8 @@ def sampling_settings(args, cfg):
     except ValueError as error:
         raise InputError(f"--bands: {error}")
     if settings["bands"] != cfg.bands and not any_ladder(cfg):
-        known = ",".join(map(str, cfg.bands))
-        raise InputError(f"--bands: this model was trained on {known} alone; other ladders can be climbed "
-                         "where the head learns x and levels are drawn singly (--layout paper)")
+        raise InputError(f"--bands: trained on {cfg.bands} alone; --layout paper trains for all ladders")
     return settings
-
-
-def what_to_draw(args, run):
-    """Class numbers or prompts from --classes or --prompt; by default all. InputError."""
-    right, wrong = ("prompt", "classes") if run.model.cfg.text_dim else ("classes", "prompt")
-    if getattr(args, wrong):
-        raise InputError(f"this model draws from --{right}, not from --{wrong}")
-    names, chosen = run.data["class_names"], args.classes.split(",") if args.classes else []
-    numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
-    for text in chosen:
-        if text not in numbers:
-            raise InputError(f"--classes: {text!r} is neither a class nor a number below {len(names)}")
-    return args.prompt or [numbers[text] for text in chosen] or columns_of(run)
 
 
 def get_args(argv=None):
@@ -179,7 +167,7 @@ def main(argv=None):
     rank, _, device = join_processes(pick_device(args.device))
     run = load_run(args.ckpt, device, not args.no_ema)
     run.dtype = args.dtype or run.dtype
-    settings, what = sampling_settings(args, run.model.cfg), what_to_draw(args, run)
+    settings, what = sampling_settings(args, run.model.cfg), what_to_draw(run, args.prompt, args.classes)
     folder = "." if args.ckpt == PRETRAINED else run.folder
     out = (args.out or os.path.join(folder, "sample")).removesuffix(".png")
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)

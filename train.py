@@ -5,10 +5,8 @@ Train FAR: data -> tokenizer (trained if there is none) -> latents (cached once)
     python train.py --data fashion_mnist                     # 70,000 real images
     python train.py --text                                   # text to image: drawn scenes with captions
     python train.py --model far_b                 # the paper's FAR-B, on a GPU: a sanity run of about an hour
-    python train.py --data cifar10 --model far_s             # one GPU
     python train.py --data ~/imagenet --size 256 --tokenizer kl16.ckpt --model far_b  # the paper's 400 epochs
     python train.py --text Qwen/Qwen2-1.5B --data ~/captioned --size 256 --tokenizer kl16.ckpt --model far_t2i
-    torchrun --nproc_per_node 8 train.py ...                 # several GPUs
 
 Everything lands in --out. The same command again continues where the last one stopped, bit for bit on a CPU.
 """
@@ -33,9 +31,8 @@ from common import (InputError, OneLineParser, autocast, command_line, epochs, f
                     join_processes, load_checkpoint, number, pick_device, positive, prefetch, previous,
                     reading, save_checkpoint, seed_number, step_generator, whole_numbers)
 from data import load_data, save_grid
-from far import (FAR, LAYOUTS, PRESETS, FARConfig, Randomness, default_layout, make_config,
-                 sampling_defaults)
-from sample import COLUMNS, columns_of, draw_pictures
+from far import FAR, LAYOUTS, PRESETS, FARConfig, Randomness, default_layout, make_config, sampling_defaults
+from sample import draw_pictures, what_to_draw
 from text import load_encoder, text_source
 from tokenizer import (BATCH, cache_latents, default_config, fingerprint, fit_to_data, get_tokenizer,
                        load_tokenizer, reconstruct, save_tokenizer, time_step, tokenizer_path)
@@ -83,36 +80,32 @@ def get_args(argv=None):
     return args
 
 
-# ---- Recipes. The paper's sizes (FAR, implementation details): AdamW, lr 1e-4 per 256 images, warm-up for a
-# quarter of the run, then constant, 400 epochs, EMA 0.9999, clip 3; on less than a million images `hour`
-# tokens, the condition's included, which take a current GPU an hour (40% of 400 TFLOP/s). The small ones:
-# minutes on two CPU cores, Muon, lr to 0.
-PAPER = dict(epochs=400, batch=128, lr=1e-4, lr_per=256, warmup=0.25, decay=False, muon=False, ema=0.9999,
-             clip=3.0, tokenizer=400)
-SMALL = dict(PAPER, epochs=None, lr=1.5e-2, lr_per=None, warmup=0.05, decay=True, muon=True)
+# ---- the recipe. PAPER is that of its sizes (FAR, implementation details): AdamW, constant lr, given per 256
+# images; for less than a million images as many steps as take a current GPU an hour: `hour` tokens, the
+# condition's included (40% of 400 TFLOP/s). SMALL: minutes on two CPU cores, Muon, lr to 0.
+PAPER = dict(batch=128, lr=1e-4, lr_per=256, warmup=0.25, decay=False, muon=False, ema=0.9999, clip=3.0)
+SMALL = dict(PAPER, lr=1.5e-2, lr_per=None, warmup=0.05, decay=True, muon=True)
 RECIPES = {
     "far_nano": dict(SMALL, steps=3000, batch=32),
     "far_tiny": dict(SMALL, steps=2000),
     "far_tiny_t2i": dict(SMALL, steps=2000, lr=8e-3),
     "far_s": dict(SMALL, steps=120_000, lr=5e-4, muon=False, warmup=0.01),            # an hour, 30 ms each
-    "far_b": dict(PAPER, hour=4.1e8),
-    "far_l": dict(PAPER, hour=2.2e8),
-    "far_h": dict(PAPER, hour=1.2e8),
-    "far_t2i": dict(PAPER, hour=1.9e8, epochs=100, ema=0.99, clip=1.0),
+    "far_b": dict(PAPER, epochs=400, hour=4.1e8),
+    "far_l": dict(PAPER, epochs=400, hour=2.2e8),
+    "far_h": dict(PAPER, epochs=400, hour=1.2e8),
+    "far_t2i": dict(PAPER, epochs=100, hour=1.9e8, ema=0.99, clip=1.0),
 }
 
 
-def configure(args, data, tokenizer_cfg, encoder, world):
-    """FARConfig, and the recipe as plain numbers, of preset, flags, data, tokenizer, encoder. InputError."""
+def configure(args, data, grid, encoder, world):
+    """FARConfig, and the recipe as plain numbers, of flags, data, tokenizer's config, encoder. InputError."""
     changes = dict(args.set)
     recipe = RECIPES[args.model] | {name: changes.pop(name) for name in OF_RECIPE if name in changes}
-    if encoder:
-        changes.update(text_dim=encoder.width, byte_depth=0)
-    elif args.text:
-        changes.update(text_dim=PRESETS[args.model]["width"], byte_depth=2)
+    if args.text:
+        width, depth = (encoder.width, 0) if encoder else (PRESETS[args.model]["width"], 2)
+        changes.update(text_dim=width, byte_depth=depth)
     try:
-        cfg = make_config(args.model, args.layout, tokenizer_cfg.latent_size, tokenizer_cfg.latent_dim,
-                          data.n_class, **changes)
+        cfg = make_config(args.model, args.layout, grid.latent_size, grid.latent_dim, data.n_class, **changes)
     except ValueError as error:
         raise InputError(str(error))
     recipe["batch"] = args.batch or recipe["batch"]
@@ -124,7 +117,7 @@ def configure(args, data, tokenizer_cfg, encoder, world):
         recipe["steps"] = math.ceil(hour / recipe["batch"] / args.accum / (cfg.n_cond + cfg.latent_size ** 2))
     recipe["steps"] = args.steps or recipe["steps"]
     recipe["warmup"] = math.ceil(recipe["warmup"] * recipe["steps"])
-    recipe["tokenizer"] = tokenizer_steps(recipe["steps"], recipe["tokenizer"])
+    recipe["tokenizer"] = tokenizer_steps(recipe["steps"], recipe.get("tokenizer", 400))
     recipe["lr"] *= recipe["effective"] / (recipe["lr_per"] or recipe["effective"])
     if not (recipe["lr"] > 0 and recipe["clip"] > 0 and 0 <= recipe["ema"] < 1 and recipe["tokenizer"] > 0):
         raise InputError("--set: lr, clip and tokenizer must be above 0, ema from 0 to below 1")
@@ -162,31 +155,22 @@ def update_ema(ema, model, step, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def new_run(build, cfg, recipe, device, **more):
-    """A run before its first step: model, average, optimizer, and what else its steps look at."""
-    model = build(cfg).to(device)
-    return SimpleNamespace(model=model, ema=deepcopy(model).eval().requires_grad_(False), recipe=recipe,
-                           optimizer=make_optimizer(model, recipe), device=device, **more)
-
+# ---- one step
 
 def train_step(run, batches, step):
-    """
-    One optimizer step of run.model over micro-batches [(x, draw, labels, text)]. Nothing here waits for the
-    device. -> a tensor on it, (2 + L,): the loss, the error of every band, the norm of the gradient.
-    """
+    """One step on micro-batches (x, draw, labels, text) -> (2 + L,): loss, bands' errors, gradient's norm."""
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(step, run.recipe)
-    losses = []
+    losses = []                                                        # nothing here waits for the device
     for i, batch in enumerate(batches):
-        if run.world > 1:                               # gradients are shared once, with the last micro-batch
-            run.model.require_backward_grad_sync = i == len(batches) - 1
+        run.model.require_backward_grad_sync = i == len(batches) - 1       # several GPUs: with the last batch
         with autocast(run.device, run.dtype):
             loss, errors = run.model(*batch)
         (loss / len(batches)).backward()
         losses.append(torch.cat([loss.detach()[None], errors]))
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe["clip"])
     run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
     update_ema(run.ema, run.model, step, run.recipe["ema"])
     return torch.cat([torch.stack(losses).nanmean(dim=0), norm.detach()[None]])
 
@@ -194,29 +178,24 @@ def train_step(run, batches, step):
 def some_inputs(cfg, batch, device):
     """Arguments of FAR.forward for a batch of random latents, of class 0 or with a text of twenty tokens."""
     x = torch.randn(batch, cfg.latent_dim, cfg.latent_size, cfg.latent_size, device=device)
-    labels, text = torch.zeros(batch, dtype=torch.long, device=device), None
-    if cfg.text_dim:
-        shape = batch, 20, 12 if cfg.byte_depth else cfg.text_dim                # bytes or vectors of words
-        words = torch.ones(shape, dtype=torch.uint8, device=device)
-        text = words, words[..., 0].bool()
-    return x, Randomness(0, 0, device), labels, text
+    words = torch.ones(batch, 20, 12 if cfg.byte_depth else cfg.text_dim, dtype=torch.uint8, device=device)
+    labels = torch.zeros(batch, dtype=torch.long, device=device)
+    return x, Randomness(0, 0, device), labels, (words, words[..., 0].bool()) if cfg.text_dim else None
 
 
 def cached_batches(run, latents, labels, texts, scale):
     """Arguments of FAR.forward from step run.start on; micro-batch i is a function of (seed, i). Endless."""
-    size, start = run.recipe["batch"], run.start * run.accum
-    mine, whole = slice(run.rank * size, (run.rank + 1) * size), run.world * size
+    whole, start = run.recipe["batch"] * run.world, run.start * run.accum
 
-    def read(numbered):
+    def read(numbered):                                                     # in a thread, three batches ahead
         i, everyone = numbered                                                # indices of the global batch
-        u = Randomness(run.seed + 2, i)(torch.rand, 2 * whole).view(2, -1)[:, mine]
-        indices, view = everyone[mine], (u[0] * latents.shape[1]).long()                  # mirrored or not
+        u = Randomness(run.seed + 2, i)(torch.rand, 2 * whole).view(2, run.world, -1)[:, run.rank]
+        indices, view = everyone.view(run.world, -1)[run.rank], (u[0] * latents.shape[1]).long()   # mirrored?
         moments = torch.from_numpy(latents[indices.tolist(), view.tolist()])         # (B, 2, C, H, H) float16
         parts = [moments, labels[indices], *(texts(indices, u[1]) if texts else [])]
         return i, [part.pin_memory() if run.device.type == "cuda" else part for part in parts]
 
-    numbered = enumerate(epochs(start * whole, whole, len(labels), run.seed), start)
-    for i, parts in prefetch(read, numbered, ahead=3):                             # a thread reads ahead
+    for i, parts in prefetch(read, enumerate(epochs(start * whole, whole, len(labels), run.seed), start), 3):
         moments, classes, *text = (part.to(run.device, non_blocking=True) for part in parts)
         mean, logvar = moments.float().unbind(1)                                          # (B, C, H, H) each
         draw = Randomness(run.seed + 1, i, run.device, run.rank, run.world)
@@ -224,11 +203,12 @@ def cached_batches(run, latents, labels, texts, scale):
         yield x, draw, classes, tuple(text) or None
 
 
+# ---- the loop
+
 def fit(run, stream):
     """Train run.model on micro-batches to the end of the recipe, or until Ctrl-C or SIGTERM, and save it."""
     steps, stop, rows = run.recipe["steps"], [], []
     since = saved_at = time.time()
-    light = sum(p.numel() for p in run.ema.parameters()) < 50e6                    # a save costs nothing
     bar = tqdm(range(run.start, steps), "FAR", steps, initial=run.start, unit="step", disable=run.rank > 0)
     with ExitStack() as at_the_end:
         for name in (signal.SIGINT, signal.SIGTERM):                 # noted only, until the loop has ended
@@ -241,7 +221,7 @@ def fit(run, stream):
             if not (done % 50 == 0 or done == steps or (stop and run.world == 1)):
                 continue
             stopping = log(run, bar, done, rows, stop, time.time() - since)
-            often = light and (done == 100 or done % 500 == 0)
+            often = run.n_weights < 50e6 and (done == 100 or done % 500 == 0)          # a save costs nothing
             if run.rank == 0 and (often or stopping or done == steps or time.time() - saved_at > 1800):
                 save(run, done, pictures=not stopping)
                 saved_at = time.time()
@@ -252,10 +232,8 @@ def fit(run, stream):
 
 def log(run, bar, done, rows, stop, seconds):
     """Means over steps and processes into metrics.jsonl -> whether any is to stop. InputError on nan, inf."""
-    rows = torch.stack(rows)
-    mean = rows.nanmean(dim=0)                                          # nan: a band that no step has trained
-    mean[-1] = rows[:, -1].mean()                                    # but a gradient that is nan must be seen
-    values = torch.cat([mean, mean.new_tensor([len(stop)])])
+    rows = torch.stack(rows)             # nan: a band that no step has trained, but of the gradient an error
+    values = torch.cat([rows.nanmean(0)[:-1], rows[:, -1:].mean(0), rows.new_tensor([len(stop)])])
     if run.world > 1:
         torch.distributed.all_reduce(values)
     loss, *errors, norm, stopping = (values / run.world).tolist()
@@ -268,24 +246,23 @@ def log(run, bar, done, rows, stop, seconds):
                 images_per_s=rate)
     bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} img/s")
     if run.rank == 0:
-        with open(os.path.join(run.out, "metrics.jsonl"), "a", encoding="utf-8") as file:
+        with open(run.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     return stopping > 0
 
 
 def save(run, step, pictures):
     """far.pt, which notes how long its log is; and of the averaged weights samples.png and bands.png."""
-    names = ("far.pt", "metrics.jsonl", "samples.png", "bands.png")
-    path, log_path, *grids = (os.path.join(run.out, name) for name in names)
+    path, *grids = (os.path.join(run.out, name) for name in ("far.pt", "samples.png", "bands.png"))
     model = getattr(run.model, "module", run.model)                      # without the wrapper of several GPUs
     save_checkpoint(path, dict(
         kind="far", step=step, run=run.identity, dtype=run.dtype, config=asdict(run.ema.cfg), data=run.data,
-        logged=os.path.getsize(log_path), model=model.state_dict(), ema=run.ema.state_dict(),
+        logged=os.path.getsize(run.metrics), model=model.state_dict(), ema=run.ema.state_dict(),
         optimizer=run.optimizer.state_dict()))
     if pictures:
         shown = SimpleNamespace(**{**vars(run), "model": run.ema})
-        what, sampling = columns_of(shown), sampling_defaults(run.ema.cfg)
-        draw_pictures(shown, what, 4 * len(what), grids, run.seed, 4 * COLUMNS, **sampling)
+        what, sampling = what_to_draw(shown), sampling_defaults(run.ema.cfg)
+        draw_pictures(shown, what, 4 * len(what), grids, run.seed, **sampling)
 
 
 def open_inputs(args, device):
@@ -306,31 +283,28 @@ def open_inputs(args, device):
     return data, held_out, encoder, tokenizer
 
 
-def announce(args, data, cfg, recipe, start, tokenizer_cfg, device, build):
+def announce(run, model_name, data, tokenizer_cfg):
     """What will be trained, and how long it takes. tokenizer_cfg: of one that has to be trained, or None."""
+    cfg, recipe, on_cpu = run.ema.cfg, run.recipe, run.device.type == "cpu"
     others = " or ".join(f"--layout {name}" for name in LAYOUTS if name != cfg.layout)
-    bands = ",".join(map(str, cfg.bands))
-    mirrored = "mirrored half of the time" if data.flip else "never mirrored"
-    print(f"{args.model} in the {cfg.layout} layout (else: {others}), on {device}, {args.dtype}\n"
-          f"{data.name}: {len(data):,} images of {data.size} px, {data.n_class} classes, {mirrored}\n"
-          f"{recipe['steps']:,} steps of {recipe['effective']} images, bands {bands}", flush=True)
+    print(f"{model_name} in the {cfg.layout} layout (else: {others}), on {run.device}, {run.dtype}\n"
+          f"{data.name}: {len(data):,} images, {data.size} px, {data.n_class} classes, mirror: {data.flip}\n"
+          f"{recipe['steps']:,} steps of {recipe['effective']} images, bands {cfg.bands}", flush=True)
     if tokenizer_cfg and data.size > 64:
         print("above 64 px the published tokenizer is better: --tokenizer kl16.ckpt; ours blurs detail")
-    run = new_run(build, cfg, recipe, device, dtype=args.dtype, world=1)
-    some = recipe["batch"]
-    if device.type == "cpu":          # of a large model some images: 2e11 operations, 6 a weight and token
-        weights = sum(p.numel() for p in run.model.parameters())
-        some = max(1, min(some, round(2e11 / (6 * weights * (cfg.n_cond + cfg.latent_size ** 2)))))
-    inputs = some_inputs(cfg, some, device)                      # the first step prepares memory and kernels
-    _, seconds = timeit.repeat(lambda: train_step(run, [inputs], 0).tolist(), number=1, repeat=2)
-    minutes = {"FAR": seconds / 60 * recipe["batch"] / some * args.accum * (recipe["steps"] - start)}
+    some, trial = recipe["batch"], deepcopy(run)
+    if on_cpu:                        # of a large model some images: 2e11 operations, 6 a weight and token
+        some = max(1, min(some, round(2e11 / (6 * run.n_weights * (cfg.n_cond + cfg.latent_size ** 2)))))
+    inputs = some_inputs(cfg, some, run.device)                  # the first step prepares memory and kernels
+    _, seconds = timeit.repeat(lambda: train_step(trial, [inputs], 0).tolist(), number=1, repeat=2)
+    minutes = {"FAR": seconds / 60 * recipe["batch"] / some * run.accum * (recipe["steps"] - run.start)}
     if tokenizer_cfg:
-        seconds = time_step(tokenizer_cfg, device, args.dtype)    # to encode is a sixth of a training step
+        seconds = time_step(tokenizer_cfg, run.device, run.dtype)    # to encode is a sixth of a training step
         minutes["tokenizer"] = seconds / 60 * recipe["tokenizer"]
         minutes["latents"] = seconds / 60 / BATCH / 6 * len(data) * (2 if data.flip else 1)
     total, parts = sum(minutes.values()), ", ".join(f"{name} {part:,.1f}" for name, part in minutes.items())
     print(f"timed steps say about {total:,.1f} minutes: {parts}", flush=True)
-    if device.type == "cpu" and total > 120:
+    if on_cpu and total > 120:
         print("far_nano and far_tiny are for a CPU: python train.py --data fashion_mnist --layout paper")
 
 
@@ -383,36 +357,38 @@ def main(argv=None, build=FAR):
     identity = dict(config=asdict(cfg), recipe=same, seed=args.seed, data=data.fingerprint,
                     text=encoder.fingerprint if encoder else "")
     before = resume_point(os.path.join(args.out, "far.pt"), identity, rank)
-    start = before["step"] if before else 0
     shared_cpu = world > 1 and device.type == "cpu"                 # where each might find another one faster
     args.dtype = args.dtype or (before["dtype"] if before else "fp32" if shared_cpu else faster_dtype(device))
-    if rank == 0 and start < recipe["steps"]:
-        path = tokenizer_path(args.data_dir, data, tokenizer_cfg, recipe["tokenizer"])
-        new = None if tokenizer or os.path.exists(path) else tokenizer_cfg
-        announce(args, data, cfg, recipe, start, new, device, build)
+    torch.manual_seed(args.seed)
+    model = build(cfg).to(device)
+    run = SimpleNamespace(
+        model=model, ema=deepcopy(model).eval().requires_grad_(False), recipe=recipe, device=device,
+        optimizer=make_optimizer(model, recipe), n_weights=sum(p.numel() for p in model.parameters()),
+        dtype=args.dtype, rank=rank, world=world, seed=args.seed, accum=args.accum, identity=identity,
+        out=args.out, metrics=os.path.join(args.out, "metrics.jsonl"), start=before["step"] if before else 0)
+    path = tokenizer_path(args.data_dir, data, tokenizer_cfg, recipe["tokenizer"])
+    if rank == 0 and run.start < recipe["steps"]:
+        announce(run, args.model, data, None if tokenizer or os.path.exists(path) else tokenizer_cfg)
     tokenizer = (tokenizer or get_tokenizer(data, held_out, tokenizer_cfg, args.data_dir, recipe["tokenizer"],
                                             args.seed, device, args.dtype)).to(device)
-    about = dict(                                           # what sampling must know of the data: plain types
+    run.encoder, run.tokenizer = encoder, tokenizer
+    run.data = dict(                                        # what sampling must know of the data: plain types
         name=data.name, source=data.source, size=data.size, channels=data.channels, data_dir=args.data_dir,
         class_names=data.class_names, tokenizer=fingerprint(tokenizer),
         text=os.path.abspath(args.text) if os.path.isdir(args.text or "") else args.text,
         text_fingerprint=identity["text"], text_dtype=encoder.dtype if encoder else "",
         prompts=[data.caption(i) for i in range(min(len(data), 8))] if args.text else [])
-    if before and before["data"]["tokenizer"] != about["tokenizer"]:
+    if before and before["data"]["tokenizer"] != run.data["tokenizer"]:
         raise InputError(f"{args.out} was trained with another tokenizer: choose another --out")
     if rank == 0:
         save_tokenizer(os.path.join(args.out, "tokenizer.pt"), tokenizer)
         images = held_out.batch(range(min(12, len(held_out))))
         pairs = torch.cat([images, reconstruct(tokenizer, images)])
         save_grid(os.path.join(args.out, "reconstructions.png"), pairs, len(images))
-        with open(os.path.join(args.out, "metrics.jsonl"), "a") as file:
+        with open(run.metrics, "a") as file:
             file.truncate(before.get("logged") if before else 0)      # later lines will be written again
     latents, scale = cache_latents(tokenizer, data, args.data_dir, device), tokenizer.latent_scale.item()
     texts = text_source(encoder, data, args.data_dir) if args.text else None
-    torch.manual_seed(args.seed)
-    run = new_run(build, cfg, recipe, device, rank=rank, world=world, dtype=args.dtype, seed=args.seed,
-                  accum=args.accum, out=args.out, start=start, identity=identity, data=about,
-                  tokenizer=tokenizer, encoder=encoder)
     prepare(run, latents, scale, before, args.compile)
     fit(run, cached_batches(run, latents, data.labels, texts, scale))
     if rank == 0:
