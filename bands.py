@@ -4,8 +4,7 @@ The frequency ladder of FAR: an image as a sum of bands, lowest frequency first.
     python bands.py PICTURE.png          # draws the ladder of a picture of yours: PICTURE_bands.png
 
 A low-pass keeps k of the H frequencies of each axis. A ladder k_1 < ... < k_L = H of them turns x into the
-bands x^1, ..., x^L = x, each with all frequencies of the one below and some more; FAR draws them one after
-the other.
+bands x^1, ..., x^L = x, each with all frequencies of the one below and some more; FAR draws them in turn.
 
     lowpass             x^l: both low-passes of the paper, spatial and Fourier FAR, "frequency hierarchy"
     band_causal_mask    which band may look at which                       the autoregression over bands
@@ -34,9 +33,8 @@ LOWPASSES = ("spatial", "fft")
 def lowpass_matrices(size, k, kind):
     """
     The low-pass that keeps k frequencies per axis, as two matrices: A (k, size) takes an axis to k samples, U
-    (size, k) brings it back; lowpass(x, k) = U A x A^T U^T. `spatial`: area down-sampling, bicubic
-    up-sampling (the paper's default, and the released code). `fft`: Fourier resampling, an exact projection.
-    k = 0: nothing is left.
+    (size, k) brings it back; lowpass(x, k) = U A x A^T U^T. `spatial` (the paper's default; released code):
+    area down-sampling, bicubic up-sampling. `fft`: Fourier resampling, an exact projection.
     """
     if k == 0:
         return torch.zeros(0, size), torch.zeros(size, 0)
@@ -118,9 +116,8 @@ def band_causal_mask(n_tokens):
 
 def loss_weight(kind, l, L):
     """
-    S3, higher weights for high frequencies. `sine`: 1 + sin(pi/2 l/L), rising to 2, as the released code has
-    it. `article`: the formula of the text, sin(pi l / L), which contradicts its words: it is 0 at the highest
-    band, which then learns nothing. `uniform`: 1.
+    S3, higher weights for high frequencies. `sine`, the released code: 1 + sin(pi/2 l/L), rising to 2.
+    `article`: the text's formula, sin(pi l/L), against its words: the highest band, at 0, learns nothing.
     """
     if kind == "sine":
         return 1 + math.sin(math.pi / 2 * l / L)
@@ -163,27 +160,19 @@ def cooling(l, L):
 
 # ---- the ladder of a picture
 
-def draw_ladder(picture, bands):
-    """
-    A picture (1, 3, H, H) in [-1, 1] -> (4 L, 3, H, H), two rows of L for each kind of low-pass: the picture
-    after every band; and, on grey, what the band adds to the one below.
-    """
-    rows = []
-    for kind in LOWPASSES:
-        after = torch.cat([lowpass(picture, k, kind) for k in bands])                         # (L, 3, H, H)
-        rows += [after, torch.cat([after[:1], after.diff(dim=0)])]
-    return torch.cat(rows)
-
-
 def main(argv=None):
+    """Two rows for each low-pass: the picture after every band; and, on grey, what the band adds."""
     from data import load_image, save_grid
     from tokenizer import to_uint8, to_unit
     parser = OneLineParser(prog="bands.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("picture", help="an image file; its centre is cut out, reduced to 128 x 128 pixels")
     path = parser.parse_args(argv).picture
     picture = to_unit(torch.from_numpy(load_image(path, size=128))[None])                # (1, 3, 128, 128)
-    bands, out = doubling_bands(128), f"{os.path.splitext(path)[0]}_bands.png"
-    save_grid(out, to_uint8(draw_ladder(picture, bands)), len(bands))
+    bands, out, rows = doubling_bands(128), f"{os.path.splitext(path)[0]}_bands.png", []
+    for kind in LOWPASSES:
+        after = torch.cat([lowpass(picture, k, kind) for k in bands])                    # (L, 3, 128, 128)
+        rows += [after, torch.cat([after[:1], after.diff(dim=0)])]
+    save_grid(out, to_uint8(torch.cat(rows)), len(bands))
     print(f"columns: k = {', '.join(map(str, bands))} of 128 frequencies per axis\n"
           f"rows: {' and '.join(LOWPASSES)}, each: after every band, and what each band adds\n"
           f"written: {out}")

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 
 def attend(q, k, v, n_head, mask=None, dropout=0.0):
     """q (B, N, D), k and v (B, M, D) -> (B, N, D). On a CPU in float32: there bf16's backward is slow."""
-    q, k, v = (part.unflatten(-1, (n_head, -1)).transpose(1, 2) for part in (q, k, v))    # (B, heads, ., d)
-    if q.device.type == "cpu":
-        q, k, v = q.float(), k.float(), v.float()
-    with torch.autocast("cpu", enabled=False):
+    dtype = torch.float32 if q.is_cpu else q.dtype
+    q, k, v = (part.to(dtype).unflatten(-1, (n_head, -1)).transpose(1, 2) for part in (q, k, v))
+    with torch.autocast("cpu", enabled=False):                                            # (B, heads, ., d)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2).flatten(2)
 
 
@@ -113,23 +112,19 @@ class Muon(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            if group.get("matrices"):
-                self.step_matrices(group)
+    def step(self, momentum=0.95):
+        for group in [group for group in self.param_groups if group.get("matrices")]:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    if p not in self.state:               # AdamW asks for a step of every state that it loads
+                        self.state[p] = dict(step=torch.zeros(()), momentum=torch.zeros_like(p))
+                    average = self.state[p]["momentum"].lerp_(p.grad, 1 - momentum)
+                    by_shape.setdefault(p.shape, []).append((p, p.grad.lerp(average, momentum)))  # Nesterov's
+                    p.grad = None
+            for shape, pairs in by_shape.items():              # of one shape together: fewer, larger products
+                size = group["lr"] * 0.2 * max(shape) ** 0.5   # about AdamW's: arXiv 2502.16982, section 2.2
+                updates = orthogonalise(torch.stack([direction for _, direction in pairs])).float()
+                for (p, _), update in zip(pairs, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)
         super().step()                                                   # passes over what has no gradient
-
-    def step_matrices(self, group, momentum=0.95):
-        by_shape = {}
-        for p in group["params"]:
-            if p.grad is not None:
-                if p not in self.state:                   # AdamW asks for a step of every state that it loads
-                    self.state[p] = dict(step=torch.zeros(()), momentum=torch.zeros_like(p))
-                average = self.state[p]["momentum"].lerp_(p.grad, 1 - momentum)
-                by_shape.setdefault(p.shape, []).append((p, p.grad.lerp(average, momentum)))      # Nesterov's
-                p.grad = None
-        for shape, pairs in by_shape.items():                  # of one shape together: fewer, larger products
-            size = group["lr"] * 0.2 * max(shape) ** 0.5       # about AdamW's: arXiv 2502.16982, section 2.2
-            updates = orthogonalise(torch.stack([direction for _, direction in pairs])).float()
-            for (p, _), update in zip(pairs, updates):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)

@@ -1,10 +1,5 @@
 """
-The diffusion head: one continuous token x given the transformer's output z for it, p(x | z), and samplers.
-
-    alphas_cumprod      noise schedules          Nichol & Dhariwal 2021 (cosine), Ho et al. 2020 (linear)
-    Chain               the (shortened) chain    Ho et al. 2020, Nichol & Dhariwal 2021
-    DiffusionHead       network, loss, sampling  FAR's diffusion loss; Li et al. 2024 (MAR), sec. 3.2
-    ddpm, dpmpp         the samplers
+The diffusion head, FAR's diffusion loss: p(x | z) of a continuous token x given the transformer's z for it.
 
 Shapes: M tokens of any number of images and bands, C channels of a token, D width of z, W width of the head,
 T diffusion steps of training (t = 0 is almost clean, T - 1 almost pure noise), S steps of sampling.
@@ -16,7 +11,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from blocks import JointBlock
-
 
 
 def alphas_cumprod(name, T):
@@ -31,13 +25,10 @@ def alphas_cumprod(name, T):
 
 
 class Chain:
-    """
-    The steps `times` of a diffusion with cumulated signal `abar` (T,), increasing: all in training, S in
-    sampling (respacing, Nichol & Dhariwal 2021 section 4). Tables are float32, computed in float64.
-    """
+    """All or some steps of a diffusion of cumulated signal `abar` (T,): Nichol & Dhariwal 2021 section 4."""
 
     def __init__(self, abar, times=None, device=None):
-        self.times = torch.arange(len(abar)) if times is None else times             # (S,) t of every step
+        self.times = torch.arange(len(abar)) if times is None else times             # (S,), increasing
         abar = abar.double().cpu()[self.times]
         before = torch.cat([abar.new_ones(1), abar[:-1]])                            # abar of the step below
         beta = 1 - abar / before
@@ -53,8 +44,7 @@ class Chain:
 
     def at(self, s, *names):
         """Table values for steps s, an int or a LongTensor (...), shaped to multiply (..., C)."""
-        values = [self.tables[name][s] for name in names]
-        return [v[..., None] for v in values] if torch.is_tensor(s) else values
+        return [self.tables[name][s, None] for name in names]
 
     def posterior_mean(self, x0, xt, s):
         """Mean of q(x_{s-1} | x_s, x_0), DDPM eq. 7. x0, xt (..., C) -> (..., C)."""
@@ -109,9 +99,8 @@ class HeadBlock(nn.Module):
 
 class DiffusionHead(nn.Module):
     """
-    p(x | z) for single tokens: a DDPM whose network is a small adaLN MLP, steered by t and z (MAR, section
-    3.2 and appendix). With `n_head` it draws the N tokens of a band jointly instead, p(x_1 .. x_N | z_1 ..
-    z_N): its blocks attend among them, all at one step t.
+    A DDPM of single tokens; its network is a small adaLN MLP (MAR: Li et al. 2024, section 3.2 and appendix).
+    With `n_head` it draws the N tokens of a band jointly, at one step t: its blocks attend among them.
     """
 
     def __init__(self, token_dim, z_dim, width, depth, schedule="cosine", predict="eps", n_head=0, T=1000):
@@ -149,10 +138,7 @@ class DiffusionHead(nn.Module):
         return self.cond(z) + self.level(z.new_full((1,), k_in))
 
     def forward(self, xt, time, condition):
-        """
-        Tokens (..., C), for a joint head (B, N, C), time embedding (..., W) or (1, W), condition (..., W) ->
-        prediction and v, float32 (..., C).
-        """
+        """Tokens (..., C), joint: (B, N, C); time and condition (..., W) -> prediction and v, (..., C)."""
         h = self.input(xt)                                                           # (..., W)
         y = F.silu(time + condition)                                                 # (..., W)
         for block in self.blocks:
@@ -164,10 +150,9 @@ class DiffusionHead(nn.Module):
         """The clean token that a prediction of noise, or of v (Salimans & Ho 2022), implies."""
         return (xt - sigma * prediction) / alpha if self.predict == "eps" else alpha * xt - sigma * prediction
 
-    def draw_times(self, kind, draw, B, *shape, mean=0.0):
-        """Steps t of training, (B, *shape): `uniform`, or `logit-normal` (Esser et al. 2024, sec. 3.1)."""
-        uniform = kind == "uniform"
-        u = draw(torch.rand, B, *shape) if uniform else (draw(torch.randn, B, *shape) + mean).sigmoid()
+    def draw_times(self, kind, draw, *shape, mean=0.0):
+        """Steps t of training, of this shape: `uniform`, or `logit-normal` (Esser et al. 2024, sec. 3.1)."""
+        u = draw(torch.rand, *shape) if kind == "uniform" else (draw(torch.randn, *shape) + mean).sigmoid()
         return (u * len(self.abar)).long().clamp(max=len(self.abar) - 1)
 
     def loss(self, x0, condition, t, noise):
@@ -177,14 +162,13 @@ class DiffusionHead(nn.Module):
         for a joint head (B, 1). -> both terms, (...).
         """
         chain = self.chain()
-        alpha, sigma = chain.at(t, "alpha", "sigma")
+        alpha, sigma, small = chain.at(t, "alpha", "sigma", "log_small")
         xt = alpha * x0 + sigma * noise                                              # DDPM eq. 4
         prediction, v = self(xt, self.time(t), condition)
         target = noise if self.predict == "eps" else alpha * noise - sigma * x0
         mse = (prediction - target).square().mean(dim=-1)
         mean = chain.posterior_mean(self.to_x0(prediction.detach(), xt, alpha, sigma), xt, t)
         logvar = chain.log_variance(v, t)
-        small, = chain.at(t, "log_small")
         kl = normal_kl(chain.posterior_mean(x0, xt, t), small, mean, logvar)
         nll = discretised_nll(x0, mean, logvar)
         bits = torch.where((t == 0)[..., None], nll, kl).mean(dim=-1) / math.log(2)
@@ -204,9 +188,8 @@ class DiffusionHead(nn.Module):
     def sample(self, condition, noise, steps, sampler="ddpm", guidance=1.0, temperature=1.0, hold=None):
         """
         Draw tokens -> (B, N, C). condition (B, N, W), or (2B, N, W) with guidance != 1; noise() gives fresh
-        unit normals (B, N, C). `hold`: the predicted x_0 is kept within +- hold, as DDPM's code clips it: at
-        the end of the chain x_0 = (x_t - sigma noise) / alpha multiplies the network's error by up to 20,000.
-        Latents have unit variance.
+        unit normals (B, N, C). hold: x_0 is kept within +- hold, as DDPM's code clips it, for at the chain's
+        end x_0 = (x_t - sigma noise) / alpha multiplies the network's error by up to 20,000.
         """
         chain = self.chain(sampling_times(self.abar, steps, sampler, self.predict))
         embedded = self.time(chain.times.to(condition.device))                   # (S, W), once for all tokens
@@ -255,11 +238,9 @@ def sampling_times(abar, steps, sampler, predict="v"):
     The steps t of sampling, increasing, LongTensor (S,), for cumulated signal `abar` (T,). `ddpm`: evenly
     spaced from 0 to T - 1, as the released code. `dpmpp`: evenly spaced and ending at T - 1, but starting at
     T/S - 1, from where it jumps to the clean token; where the network predicts noise it leaves out the end of
-    the chain that has less than a thousandth of the signal. ValueError unless 1 <= steps <= T.
+    the chain that has less than a thousandth of the signal.
     """
     T = len(abar)
-    if not 1 <= steps <= T:
-        raise ValueError(f"the number of diffusion steps must be between 1 and {T}, not {steps}")
     if sampler == "ddpm" and steps > 1:
         return torch.linspace(0, T - 1, steps, dtype=torch.float64).round().long()
     end = int((abar > 1e-3).sum()) if predict == "eps" else T

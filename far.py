@@ -1,21 +1,13 @@
 """
-FAR: images from low to high frequency. The whole model; the ladder is in bands.py, the diffusion head in
-diffusion.py.
+FAR: images from low to high frequency. Layouts, what a band is, who sees whom, the loss, the sampler, sizes.
 
-An image becomes a small latent grid x (tokenizer.py). Low-passes of x form a ladder of bands x^1, ..., x^L. A
-transformer learns p(x) = prod_l p(x^l | x^{l-1}, ..., x^1): it looks at the lower bands and answers with one
-vector z per token of the next, and a small diffusion head turns each z into a sample of that token.
-
-    LAYOUTS             the paper's method, the released code's, and ours: one table
-    FAR.band            x^l                                          "frequency hierarchy"
-    FAR.transformer     lower bands and condition -> z               masked encoder and decoder, as in MAR
-    FAR.forward         the loss                                     S1 to S3: simplified loss, masks, weights
-    FAR.sample          band by band, from nothing to the image      inference
-    PRESETS             FAR-B, -L, -H, text to image, and small ones
+An image becomes a small latent grid x (tokenizer.py). Low-passes of x form a ladder of bands x^1, ..., x^L
+(bands.py). A transformer learns p(x) = prod_l p(x^l | x^{l-1}, ..., x^1): it looks at the lower bands and
+answers with one vector z per token of the next, and a small diffusion head (diffusion.py) turns each z into a
+sample of that token.
 
 Shapes: B images, C latent channels, H side of the latent grid, L bands (l = 1..L), k_l frequencies per axis
-that band l keeps, N tokens of all bands of a call, D width. x is the scaled latent, (B, C, H, H), unit
-variance.
+that band l keeps, N tokens of all bands of a call, D width. x is the scaled latent, (B, C, H, H), variance 1.
 """
 import itertools
 import math
@@ -26,8 +18,6 @@ import torch
 import torch.nn as nn
 
 import bands as ladder
-from bands import (LOWPASSES, band_causal_mask, both_axes, check_bands, doubling_bands, every_band,
-                   lowpass_matrices, ten_bands)
 from blocks import Block
 from common import step_generator
 from diffusion import DiffusionHead
@@ -49,10 +39,10 @@ SAMPLING = {
     "released": dict(sampler="ddpm", steps=(100, 100), cfg=3.0, temperature=1.0, cool=True),
     "band":     dict(sampler="dpmpp", steps=(24, 10), cfg=4.0, temperature=1.15),
 }
-CHOICES = dict(layout=tuple(LAYOUTS), lowpass=LOWPASSES, grid=("full", "band"), target=("full", "band"),
-               context=("last", "all"), schedule=("cosine", "linear"), predict=("v", "eps"),
-               times=("uniform", "logit-normal"), loss_weight=("uniform", "sine", "article"),
-               mask=("none", "linear", "truncnorm"))
+CHOICES = dict(layout=tuple(LAYOUTS), lowpass=ladder.LOWPASSES, grid=("full", "band"),
+               target=("full", "band"), context=("last", "all"), schedule=("cosine", "linear"),
+               predict=("v", "eps"), times=("uniform", "logit-normal"), mask=("none", "linear", "truncnorm"),
+               loss_weight=("uniform", "sine", "article"))
 
 
 @dataclass
@@ -108,16 +98,13 @@ class FARConfig:
             raise ValueError(f"head_width {self.head_width} is not a multiple of head_attention")
         if self.grid == "band" and self.target == "full":
             raise ValueError("target=full (the head learns the unfiltered x) needs grid=full")
-        check_bands(self.bands, self.latent_size)
+        ladder.check_bands(self.bands, self.latent_size)
 
 
 # ---- random numbers
 
 class Randomness:
-    """
-    The random numbers of one training step: a function of (seed, step) alone, so that a resumed run repeats
-    an unbroken one. They are drawn for the global batch, and every rank keeps its rows.
-    """
+    """Random numbers of a training step: a function of (seed, step) alone, however many ranks share it."""
 
     def __init__(self, seed, step, device="cpu", rank=0, world=1):
         self.generator, self.device = step_generator(seed, step, device), device
@@ -131,14 +118,13 @@ class Randomness:
 
 
 class NoiseOfImages:
-    """Random numbers of sampling: image i's are a function of (seed, i) alone, whatever its batch."""
+    """Randomness of sampling: row i depends on the seed and the number of its image alone, in any call."""
 
     def __init__(self, seed, images, device):
         self.generators, self.device = [step_generator(seed, i) for i in images], device
         self.host = random.Random(seed)
 
     def __call__(self, kind, n, *shape):
-        """kind: torch.rand or torch.randn -> (n, *shape), row i from the generator of image i."""
         return torch.stack([kind(*shape, generator=g) for g in self.generators]).to(self.device)
 
 
@@ -169,8 +155,6 @@ class FAR(nn.Module):
         self.encoder_pos = nn.Parameter(torch.randn(1, cfg.n_cond + H * H, D) * cfg.pos_std)
         self.decoder_pos = nn.Parameter(torch.randn(1, cfg.n_cond + H * H, D) * cfg.pos_std)
         self.head_pos = nn.Parameter(torch.randn(1, H * H, D) * 0.02)
-        if cfg.context == "all":                      # which band a token is of; see also DiffusionHead.level
-            self.level = nn.Parameter(torch.zeros(H + 1, D))
         for linear in [m for m in self.modules() if isinstance(m, nn.Linear)]:
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -178,16 +162,15 @@ class FAR(nn.Module):
             nn.init.normal_(self.class_embed.weight, std=0.02)
         self.head = DiffusionHead(cfg.latent_dim, D, cfg.head_width, cfg.head_depth, cfg.schedule,
                                   cfg.predict, cfg.head_attention)
+        if cfg.context == "all":                   # which band a token is of, and which ones it may look at
+            self.level = nn.Parameter(torch.zeros(H + 1, D))
+            mask = ladder.band_causal_mask([cfg.n_cond, *(self.side(k) ** 2 for k in cfg.bands)])
+            self.mask = nn.Buffer(mask, persistent=False)
         # the ladder: A_k in down[k, :k], U_k in up[k, :, :k], and the std of every band of the training data
-        down, up = torch.zeros(H + 1, H, H), torch.zeros(H + 1, H, H)
+        self.down, self.up = (nn.Buffer(torch.zeros(H + 1, H, H), persistent=False) for _ in range(2))
         for k in range(1, H + 1):
-            down[k, :k], up[k, :, :k] = lowpass_matrices(H, k, cfg.lowpass)
-        self.register_buffer("down", down, persistent=False)
-        self.register_buffer("up", up, persistent=False)
-        self.register_buffer("band_std", torch.ones(H + 1))
-        if cfg.context == "all":
-            mask = band_causal_mask([cfg.n_cond, *(self.side(k) ** 2 for k in cfg.bands)])
-            self.register_buffer("mask", mask, persistent=False)
+            self.down[k, :k], self.up[k, :, :k] = ladder.lowpass_matrices(H, k, cfg.lowpass)
+        self.band_std = nn.Buffer(torch.ones(H + 1))
 
     # ---- bands
 
@@ -196,19 +179,19 @@ class FAR(nn.Module):
         return k if self.cfg.grid == "band" else self.cfg.latent_size
 
     def band(self, x, k):
-        """x^l, k = k_l, on its own grid, to unit variance if the head learns bands: x -> (B, C, g, g)."""
-        y = both_axes(self.down[k, :k], x)                                            # (B, C, k, k)
-        return (y if self.cfg.grid == "band" else both_axes(self.up[k, :, :k], y)) / self.band_std[k]
+        """x^l ("frequency hierarchy") on its own grid, (B, C, g, g), of variance 1 if the head learns it."""
+        y = ladder.both_axes(self.down[k, :k], x)                                         # (B, C, k, k)
+        return (y if self.cfg.grid == "band" else ladder.both_axes(self.up[k, :, :k], y)) / self.band_std[k]
 
     def raise_band(self, y, k_in, k):
         """Band k_in on the grid of band k, which is predicted from it: (B, C, g_in, g_in) -> (B, C, g, g)."""
         if self.cfg.grid == "full":
             return y
-        return both_axes(self.down[k, :k], both_axes(self.up[k_in, :, :k_in], y))
+        return ladder.both_axes(self.down[k, :k], ladder.both_axes(self.up[k_in, :, :k_in], y))
 
     def show_band(self, y, k):
         """A band back on the full grid, in the units of x: x^l, (B, C, H, H)."""
-        return (both_axes(self.up[k, :, :k], y) if self.cfg.grid == "band" else y) * self.band_std[k]
+        return (ladder.both_axes(self.up[k, :, :k], y) if self.cfg.grid == "band" else y) * self.band_std[k]
 
     @torch.no_grad()
     def measure_band_std(self, x):
@@ -236,57 +219,47 @@ class FAR(nn.Module):
             visible = torch.where(drop[:, None], first, visible)
         return self.null_cond.expand(len(vectors), -1), (self.text_in(vectors), visible)
 
-    def positions(self, table, ks, level=True):
-        """Positions on the grids of the bands `ks`, and which band it is: table (1, H^2, D) -> (1, N, D)."""
-        H, found = self.cfg.latent_size, []
+    def positions(self, table, ks, n_cond=0, level=True):
+        """Of the condition, and on the grids of the bands `ks` with the band's own: (1, n_cond + N, D)."""
+        H, found = self.cfg.latent_size, [table[:, :n_cond]]
+        grid = table[:, -H * H:].mT.unflatten(2, (H, H))                                  # (1, D, H, H)
         for k in ks:
-            grid = table.unflatten(1, (H, H)).permute(0, 3, 1, 2)                         # (1, D, H, H)
-            p = table if self.cfg.grid == "full" else both_axes(self.down[k, :k], grid).flatten(2).mT
+            p = grid if self.cfg.grid == "full" else ladder.both_axes(self.down[k, :k], grid)
+            p = p.flatten(2).mT                                                           # (1, N_l, D)
             found.append(p + self.level[k] if level and self.cfg.context == "all" else p)
         return torch.cat(found, dim=1)
 
     def transformer(self, inputs, ks, condition, seen=None, cache=None):
         """
-        inputs: for each band of the call what it is predicted from, (B, C, g, g); ks: how many frequencies
-        each keeps; condition: see `condition`; seen: for each band the tokens that the encoder sees, (B, n),
-        or None for all. With a cache (a dict), the call continues the bands of those before. -> z (B, N, D).
+        Masked encoder and decoder, as in MAR -> z (B, N, D). inputs: for each band of the call what it is
+        predicted from, (B, C, g, g); ks: how many frequencies each keeps; seen: the tokens of each that the
+        encoder sees, (B, n), or None for all. With a cache (a dict), a call goes on where those before ended.
         """
         cfg, (vector, text) = self.cfg, condition
         x = self.token_in(torch.cat([y.flatten(2).mT for y in inputs], dim=1))            # (B, N, D)
         n_cond = 0 if cache else cfg.n_cond                                           # in the first call only
         cond = vector[:, None].expand(-1, n_cond, -1)                                     # (B, n_cond, D)
-        encoder_pos, decoder_pos = (
-            torch.cat([table[:, :n_cond], self.positions(table[:, cfg.n_cond:], ks)], dim=1)
-            for table in (self.encoder_pos, self.decoder_pos))                            # (1, n_cond + N, D)
+        x = self.norm_in(torch.cat([cond, x], dim=1) + self.positions(self.encoder_pos, ks, n_cond))
+        B, total, D = x.shape                                                             # total: n_cond + N
         # who sees whom: a band above cached ones may look at everything, as may the only band of a call
-        masked = cfg.context == "all" and not cache
-        mask = self.mask[:n_cond + x.shape[1], :n_cond + x.shape[1]] if masked else None
-
-        x = self.norm_in(torch.cat([cond, x], dim=1) + encoder_pos)                       # (B, n_cond + N, D)
-        if seen is None:
-            x = self.decoder_in(self.encoder_norm(self.run(self.encoder, x, mask, text, cache)))
-        else:                                        # the encoder sees some tokens, mask tokens fill the rest
-            index = self.places(seen, ks, n_cond)                                         # (B, n)
-            # all images see equally many tokens of a band: the first one's mask is everyone's, (n, n)
-            mask_seen = mask[index[0][:, None], index[0]] if masked else None
-            every = index[..., None].expand(-1, -1, cfg.width)                            # (B, n, D)
-            y = self.run(self.encoder, x.gather(1, every), mask_seen, text, cache)
-            y = self.decoder_in(self.encoder_norm(y))                                     # (B, n, D)
-            x = self.mask_token.to(y).expand_as(x).scatter(1, every, y)                   # (B, n_cond + N, D)
-        x = self.decoder_norm(self.run(self.decoder, x + decoder_pos, mask, text, cache))
-        return x[:, n_cond:] + self.positions(self.head_pos, ks, level=False)             # (B, N, D)
-
-    def run(self, blocks, x, mask, text, cache):
-        for block in blocks:
+        mask = encoder_mask = self.mask[:total, :total] if cfg.context == "all" and not cache else None
+        if seen is not None:                 # the encoder sees the condition, and some tokens of every band
+            parts = torch.arange(n_cond, device=x.device).expand(B, -1), *seen            # (B, n_l) each
+            starts = itertools.accumulate([0, n_cond, *(self.side(k) ** 2 for k in ks)])
+            places = torch.cat([part + start for part, start in zip(parts, starts)], dim=1)
+            if mask is not None:             # of a band all images see equally many tokens: one mask fits all
+                encoder_mask = mask[places[0][:, None], places[0]]                        # (n, n)
+            index = places[..., None].expand(-1, -1, D)                                   # (B, n, D)
+            x = x.gather(1, index)                                                        # (B, n, D)
+        for block in self.encoder:
+            x = block(x, encoder_mask, text, cache)
+        x = self.decoder_in(self.encoder_norm(x))
+        if seen is not None:                                           # mask tokens stand for all the others
+            x = self.mask_token.to(x).expand(B, total, -1).scatter(1, index, x)
+        x = x + self.positions(self.decoder_pos, ks, n_cond)                              # (B, n_cond + N, D)
+        for block in self.decoder:
             x = block(x, mask, text, cache)
-        return x
-
-    def places(self, seen, ks, n_cond):
-        """Places of the seen tokens in the whole sequence, with those of the condition in front: (B, n)."""
-        starts = itertools.accumulate([n_cond, *(self.side(k) ** 2 for k in ks)])
-        index = [tokens + start for tokens, start in zip(seen, starts)]
-        cond = torch.arange(n_cond, device=index[0].device).expand(len(index[0]), -1)
-        return torch.cat([cond, *index], dim=1)
+        return self.decoder_norm(x)[:, n_cond:] + self.positions(self.head_pos, ks, level=False)
 
     def choose_seen(self, share, k, draw, B):
         """The tokens of band k that are seen when a random `share` is hidden: LongTensor (B, n)."""
@@ -304,27 +277,26 @@ class FAR(nn.Module):
         """
         cfg, B, L = self.cfg, len(x), len(self.cfg.bands)
         levels = range(1, L + 1) if cfg.context == "all" else [draw.host.randint(1, L)]
-        k_in, k_out = (0, *cfg.bands), (None, *cfg.bands)                     # of band l: k_{l-1} and k_l
+        k = (0, *cfg.bands)                                                   # band 0 has no frequency at all
         inputs, targets, seen = [], [], []
         for l in levels:
-            lower = self.band(x, k_in[l - 1])                                             # (B, C, g_in, g_in)
+            lower = self.band(x, k[l - 1])                                                # (B, C, g_in, g_in)
             if cfg.input_noise and l > 1:                                # its amount is not told to the model
                 amount = cfg.input_noise * draw(torch.rand, B, 1, 1, 1)
                 lower = lower + amount * draw(torch.randn, *lower.shape)
-            inputs.append(self.raise_band(lower, k_in[l - 1], k_out[l]))                  # (B, C, g, g)
+            inputs.append(self.raise_band(lower, k[l - 1], k[l]))                         # (B, C, g, g)
             # S1, the simplified diffusion loss: at every level the head learns the unfiltered x
-            target = x if cfg.target == "full" else self.band(x, k_out[l])
+            target = x if cfg.target == "full" else self.band(x, k[l])
             targets.append(target.flatten(2).mT)                                          # (B, N_l, C)
             if cfg.mask != "none":                                            # S2: frequency-aware masking
                 share = ladder.mask_share(cfg.mask, l, L, draw.host.random())
-                seen.append(self.choose_seen(share, k_out[l], draw, B))                   # (B, visible)
+                seen.append(self.choose_seen(share, k[l], draw, B))                       # (B, visible)
         condition = self.condition(labels, text, draw(torch.rand, B) < cfg.label_drop)
-        ks = [k_out[l] for l in levels]
-        z = self.transformer(inputs, ks, condition, None if cfg.mask == "none" else seen)    # (B, N, D)
+        z = self.transformer(inputs, [k[l] for l in levels], condition, seen or None)     # (B, N, D)
 
         total, count, errors = 0.0, 0, torch.full((L,), torch.nan, device=x.device)
         for l, target, z_l in zip(levels, targets, z.split([t.shape[1] for t in targets], dim=1)):
-            mse, bits = self.diffusion_loss(target, z_l, k_in[l - 1], draw)               # (B r, N_l) each
+            mse, bits = self.diffusion_loss(target, z_l, k[l - 1], draw)                  # (B r, N_l) each
             weight = ladder.loss_weight(cfg.loss_weight, l, L)                # S3: frequency-aware loss
             total, count = total + weight * (mse + bits).sum(), count + mse.numel()
             errors[l - 1] = mse.detach().mean()
@@ -336,8 +308,7 @@ class FAR(nn.Module):
         r noise levels, in small bands more: a band's share in the sum grows with sqrt(N), not with N.
         """
         cfg, (B, N, C) = self.cfg, target.shape
-        largest = self.side(cfg.bands[-1]) ** 2
-        r = round(cfg.noise_levels * math.sqrt(largest / N))
+        r = round(cfg.noise_levels * math.sqrt(cfg.latent_size ** 2 / N))
         condition = self.head.condition(z, float(k_in))                         # (B, N, W), once for r levels
         repeat = lambda v: v[:, None].expand(B, r, N, v.shape[-1]).flatten(0, 1)          # (B r, N, .)
         t = self.head.draw_times(cfg.times, draw, B, r, 1 if self.head.joint else N, mean=cfg.times_mean)
@@ -362,29 +333,26 @@ class FAR(nn.Module):
         draw = NoiseOfImages(seed, range(first, first + B), device)
         weights = [ladder.guidance(guidance, cfg, l, L) for l in range(1, L + 1)]
         condition, cache = self.condition(labels, text), {} if self.cfg.context == "all" else None
-        guided = any(w != 1 for w in weights)
-        if guided:                                       # the conditional images, then the unconditional ones
+        branches = 2 if any(w != 1 for w in weights) else 1
+        if branches == 2:                                # the conditional images, then the unconditional ones
             null = self.condition(labels, text, torch.ones(B, dtype=torch.bool, device=device))
             both = lambda a, b: torch.cat([a, b])
             condition = both(condition[0], null[0]), condition[1] and tuple(map(both, condition[1], null[1]))
-        y, k_in, drawn = self.band(torch.zeros(B, C, H, H, device=device), 0), 0, []
-        for l, (k, w) in enumerate(zip(bands, weights), 1):
-            lower, seen = self.raise_band(y, k_in, k), None                               # (B, C, g, g)
-            if masked:
-                seen = [self.choose_seen(ladder.mask_share(self.cfg.mask, l, L), k, draw, B)]
-            if guided:
-                lower, seen = torch.cat([lower, lower]), seen and [torch.cat(2 * seen)]
-            z = self.transformer([lower], [k], condition, seen, cache)
+        y, drawn = self.band(torch.zeros(B, C, H, H, device=device), 0), []
+        for l, (k_in, k, w) in enumerate(zip((0, *bands), bands, weights), 1):
+            lower = self.raise_band(y, k_in, k).repeat(branches, 1, 1, 1)             # (B or 2B, C, g, g)
+            share = ladder.mask_share(self.cfg.mask, l, L)
+            seen = [self.choose_seen(share, k, draw, B).repeat(branches, 1)] if masked else None
+            z = self.transformer([lower], [k], condition, seen, cache)                # (B or 2B, N, D)
             z = z[:B] if w == 1 else z                        # no second branch where it would have no weight
             noise = lambda N=z.shape[1]: draw(torch.randn, B, N, C)
             tau = temperature * (ladder.cooling(l, L) if cool else 1)
             S = ladder.diffusion_steps(*steps, l, L)
-            head_condition = self.head.condition(z, float(k_in))                          # (B or 2B, N, W)
+            head_condition = self.head.condition(z, float(k_in))                      # (B or 2B, N, W)
             tokens = self.head.sample(head_condition, noise, S, sampler, w, tau, hold)    # (B, N, C)
             y = tokens.mT.unflatten(2, (self.side(k), -1))                                # (B, C, g, g)
             y = self.band(y, k) if self.cfg.target == "full" else y
             drawn.append(self.show_band(y, k))
-            k_in = k
             progress()
         return drawn
 
@@ -411,7 +379,7 @@ PRESETS["far_tiny_t2i"] = dict(PRESETS["far_tiny"], depth=2, text_dim=128, byte_
 def make_config(preset, layout, latent_size, latent_dim, n_class, **changes):
     """FARConfig of a preset in a layout (None: the preset's), with `changes`. ValueError."""
     layout = layout or default_layout(preset)
-    bands = doubling_bands(latent_size) if layout == "band" else every_band(latent_size)
+    bands = ladder.doubling_bands(latent_size) if layout == "band" else ladder.every_band(latent_size)
     data = dict(latent_size=latent_size, latent_dim=latent_dim, n_class=n_class, bands=bands)
     return FARConfig(layout, **{**PRESETS[preset], **LAYOUTS[layout], **data, **changes})
 
@@ -423,8 +391,8 @@ def default_layout(preset):
 
 def sampling_defaults(cfg):
     """Arguments of FAR.sample unless told otherwise; the released ten bands where any ladder will do."""
-    settings = dict(SAMPLING[cfg.layout], bands=ten_bands(cfg.latent_size) if any_ladder(cfg) else cfg.bands)
-    settings["masked"] = cfg.mask != "none"             # what it was trained on, and better (docs/results.md)
+    bands = ladder.ten_bands(cfg.latent_size) if any_ladder(cfg) else cfg.bands
+    settings = dict(SAMPLING[cfg.layout], bands=bands, masked=cfg.mask != "none")     # what it was trained on
     if not cfg.label_drop:
         settings["cfg"] = 1.0                                 # there is no null condition
     if cfg.text_dim and cfg.layout == "band":                 # being right counts more than variety

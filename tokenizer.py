@@ -10,7 +10,6 @@ import os
 import timeit
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -46,8 +45,10 @@ def default_config(size, channels):
 
 # ---- the network, with the names of the published file
 
-conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)
+conv3 = lambda n_in, n_out: nn.Conv2d(n_in, n_out, 3, padding=1)
 group_norm = lambda n: nn.GroupNorm(math.gcd(32, n), n, eps=1e-6)
+in_turn = lambda **layers: nn.Sequential(OrderedDict(layers))
+middle = lambda n: in_turn(block_1=ResBlock(n, n), attn_1=AttnBlock(n), block_2=ResBlock(n, n))
 
 
 class ResBlock(nn.Module):
@@ -78,11 +79,6 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(F.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape))
 
 
-def middle(n):
-    """The lowest resolution of both networks."""
-    return nn.Sequential(OrderedDict(block_1=ResBlock(n, n), attn_1=AttnBlock(n), block_2=ResBlock(n, n)))
-
-
 class Encoder(nn.Module):
     """Image (B, n_in, ...) -> mean and log-variance (B, 2C, H, H). `widths`: channels of its levels."""
 
@@ -95,8 +91,7 @@ class Encoder(nn.Module):
             attn = nn.ModuleList(AttnBlock(n) if last and cfg.published else nn.Identity() for _ in block)
             # the published weights were trained with padding on the right and below only
             halve = {} if last else dict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(n, n, 3, stride=2))
-            downsample = nn.Sequential(OrderedDict(halve))
-            self.down.append(nn.ModuleDict(dict(block=block, attn=attn, downsample=downsample)))
+            self.down.append(nn.ModuleDict(dict(block=block, attn=attn, downsample=in_turn(**halve))))
         self.mid, self.norm_out, self.conv_out = middle(n), group_norm(n), conv3(n, 2 * cfg.latent_dim)
 
     def forward(self, x):
@@ -118,8 +113,7 @@ class Decoder(nn.Module):
         for below, n in zip([*widths[1:], n], widths):
             block = nn.Sequential(*(ResBlock(n if j else below, n) for j in range(n_res)))
             double = dict(nearest=nn.Upsample(scale_factor=2), conv=conv3(n, n))
-            upsample = nn.Sequential(OrderedDict(double if len(self.up) else {}))
-            self.up.append(nn.Sequential(OrderedDict(block=block, upsample=upsample)))
+            self.up.append(in_turn(block=block, upsample=in_turn(**double if len(self.up) else {})))
         self.norm_out, self.conv_out = group_norm(widths[0]), conv3(widths[0], n_out)
 
     def forward(self, x):
@@ -147,15 +141,13 @@ class AutoencoderKL(nn.Module):
         """image (B, c, S, S) in [-1, 1] -> mean, log-variance of the latent, (B, C, H, H) each, unscaled."""
         x = F.pixel_unshuffle(image, self.patch)                            # (B, c patch^2, S/patch, S/patch)
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)                   # (B, C, H, H) each
-        if not self.cfg.published:
-            mean = mean + self.shortcut_in(x)
+        mean = mean if self.cfg.published else mean + self.shortcut_in(x)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, latent):
         """latent (B, C, H, H), not scaled -> image (B, c, S, S), about [-1, 1]."""
         x = self.decoder(self.post_quant_conv(latent))                      # (B, c patch^2, S/patch, S/patch)
-        if not self.cfg.published:
-            x = x + self.shortcut_out(latent)
+        x = x if self.cfg.published else x + self.shortcut_out(latent)
         return F.pixel_shuffle(x, self.patch)
 
 
@@ -189,14 +181,13 @@ def load_tokenizer(path):
     with reading(path):
         weights = content["model"]
         if content.get("kind") == "tokenizer":
-            cfg, scale = TokenizerConfig(**content["config"]), content["latent_scale"]
-        else:                                                    # 0.2325: what the authors trained FAR with
-            width, channels = weights["encoder.conv_in.weight"].shape[:2]
-            C = len(weights["post_quant_conv.weight"])
-            cfg, scale = TokenizerConfig(channels, 256, 16, C, width, published=True), 0.2325
+            cfg = TokenizerConfig(**content["config"])
+        else:
+            width, n_in = weights["encoder.conv_in.weight"].shape[:2]
+            cfg = TokenizerConfig(n_in, 256, 16, len(weights["post_quant_conv.bias"]), width, published=True)
         tokenizer = AutoencoderKL(cfg)
         tokenizer.load_state_dict(weights)
-        tokenizer.latent_scale.fill_(scale)
+        tokenizer.latent_scale.fill_(content.get("latent_scale", 0.2325))       # as the authors trained FAR
     return tokenizer.eval().requires_grad_(False)
 
 
@@ -204,8 +195,7 @@ def fit_to_data(tokenizer, data, path):
     """Set a given tokenizer to the data's size; the published one takes any multiple of 16. InputError."""
     cfg = tokenizer.cfg
     if cfg.image_channels != data.channels or not (cfg.published or cfg.image_size == data.size):
-        raise InputError(f"{path} is for {cfg.image_channels}-channel images of {cfg.image_size} px, "
-                         f"{data.name} has {data.channels} channels and {data.size} px: train one for it")
+        raise InputError(f"{path} does not fit {data.name}: {data.channels} channels and {data.size} px")
     tokenizer.cfg = replace(cfg, image_size=data.size)
 
 
@@ -219,13 +209,10 @@ def fingerprint(module):
 
 # ---- training
 
-def autoencoder_loss(tokenizer, image, noise):
-    """
-    Absolute error of pixels and local contrast, and KL divergence from a unit Gaussian: Rombach et al. 2022,
-    eq. 25, with the contrast for its adversarial term. image (B, c, S, S), noise (B, C, H, H) -> ().
-    """
+def autoencoder_loss(tokenizer, image, **draw):
+    """Rombach et al. 2022, eq. 25, with local contrast for the adversarial term; image (B, c, S, S) -> ()."""
     mean, logvar = (part.float() for part in tokenizer.encode(image))
-    made = tokenizer.decode(mean + (0.5 * logvar).exp() * noise).float()
+    made = tokenizer.decode(mean + (0.5 * logvar).exp() * torch.randn(mean.shape, **draw)).float()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
     loss = (made - image).abs().mean() + 1e-2 * kl.sum() / image.numel()
     for axis in (2, 3):           # how much neighbouring pixels differ in windows of 4 x 4, down and across
@@ -245,25 +232,22 @@ def start_from_patches(tokenizer, images):
     mean, vectors = mean.to(into.weight), vectors[:, -C:].to(into.weight)             # float32, on the device
     into.weight[..., 0, 0], into.bias[:] = vectors.T / scale, -(vectors.T @ mean) / scale
     out.weight[..., 0, 0], out.bias[:] = vectors * scale, mean
-    for p in (*tokenizer.encoder.conv_out.parameters(), *tokenizer.decoder.conv_out.parameters()):
-        p.zero_()
-    tokenizer.quant_conv.bias[:] = 0
-    tokenizer.quant_conv.bias[C:] = -4                           # log-variance: little noise at first
+    torch._foreach_zero_([*tokenizer.encoder.conv_out.parameters(), *tokenizer.decoder.conv_out.parameters()])
+    tokenizer.quant_conv.bias[:C], tokenizer.quant_conv.bias[C:] = 0, -4            # little noise at first
 
 
 def train_step(tokenizer, optimizer, images, flip, step, steps, seed, dtype):
     """A step on uint8 images (B, c, S, S), never waiting for the device -> the gradient's norm, ()."""
-    cfg, device, n = tokenizer.cfg, images.device, len(images)
+    device = images.device
     draw = dict(generator=step_generator(seed, step, device), device=device)
     # warm-up over 100 steps, half of a short run, then a cosine to zero: a run of any length is finished
     warm = min(1, (step + 1) / min(100, steps / 2))
     optimizer.param_groups[0]["lr"] = 4e-3 * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
     images = to_unit(images)
     if flip:
-        images = torch.where(torch.rand(n, 1, 1, 1, **draw) < 0.5, images.flip(-1), images)
-    noise = torch.randn(n, cfg.latent_dim, cfg.latent_size, cfg.latent_size, **draw)
+        images = torch.where(torch.rand(len(images), 1, 1, 1, **draw) < 0.5, images.flip(-1), images)
     with autocast(device, dtype):
-        loss = autoencoder_loss(tokenizer, images, noise)
+        loss = autoencoder_loss(tokenizer, images, **draw)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
     optimizer.step()
@@ -287,7 +271,6 @@ def train_tokenizer(data, cfg, path, steps, seed=0, device="cpu", dtype="fp32"):
     some = next(epochs(0, min(len(data), 2048), len(data), seed))
     start_from_patches(tokenizer, to_unit(data.batch(some)).to(device))
     optimizer = torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
-    # the thread that reads also copies to the device: training never waits for it
     batches = prefetch(lambda indices: data.batch(indices).to(device), epochs(0, BATCH, len(data), seed))
     for step in trange(steps, desc="tokenizer", unit="step"):
         norm = train_step(tokenizer, optimizer, next(batches), data.flip, step, steps, seed, dtype)
@@ -317,8 +300,8 @@ def get_tokenizer(data, held_out, cfg, data_dir, steps, seed=0, device="cpu", dt
             tokenizer = train_tokenizer(data, cfg, path, steps, seed, device, dtype)
             images = held_out.batch(torch.arange(min(1000, len(held_out))))
             error = F.mse_loss(reconstruct(tokenizer, images).float(), images.float()).item()
-            print(f"tokenizer: {10 * math.log10(255 ** 2 / max(error, 1e-10)):.2f} dB on held-out images, "
-                  f"latent scale {tokenizer.latent_scale.item():.4f}, written: {path}", flush=True)
+            psnr = 10 * math.log10(255 ** 2 / max(error, 1e-10))
+            print(f"tokenizer: {psnr:.2f} dB on held-out images, written: {path}", flush=True)
     return load_tokenizer(path).to(device)
 
 
@@ -334,9 +317,8 @@ def cache_latents(tokenizer, data, folder, device="cpu"):
     key = digest(data.fingerprint, data.flip, fingerprint(tokenizer))
     path = os.path.join(folder, f"latents_{data.name}_{data.size}_{key}")
     batch = max(1, min(128, 2 ** 21 // data.size ** 2))                      # of large pictures fewer: memory
-    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")                            # on a GPU no TF32 in products
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):         # nor in convolutions
         parts = make_parts(path, len(data), encode, "latents", batch=batch)
-    torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision("high")                               # as pick_device has set it
     return parts
