@@ -11,10 +11,10 @@ import timeit
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
+from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from filelock import FileLock, Timeout                                                  # comes with torch
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
@@ -26,19 +26,16 @@ class InputError(ValueError):
 
 def command_line(main):
     """Run a script's `main()`: what is wrong is one line on stderr and exit code 2, Ctrl-C or SIGTERM 130."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")        # names that the terminal cannot show are escaped
+    sys.stdout.reconfigure(errors="backslashreplace")        # names that the terminal cannot show are escaped
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except (InputError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        OneLineParser().exit(2, f"error: {' '.join(str(error).split())}\n")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        OneLineParser().exit(130, "interrupted\n")
 
 
 def why(error):
@@ -81,6 +78,7 @@ def limited(kind, least, most):
 number = limited(float, -1e9, 1e9)
 positive = limited(int, 1, 10 ** 9)
 seed_number = limited(int, 0, 10 ** 9)
+say = lru_cache(print)        # a line is said once: many images, and each split of a folder, call for it
 
 
 def whole_numbers(text):
@@ -90,8 +88,7 @@ def whole_numbers(text):
 
 def pick_device(name=None):
     """The device by name, or the best there is: cuda, mps, cpu. Raises InputError."""
-    have = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    name = name or next(kind for kind in have if have[kind])
+    name = name or str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -109,8 +106,7 @@ def autocast(device, dtype):
 def faster_dtype(device):
     """ "bf16" or "fp32": on a GPU bf16 if it has it; on a CPU whichever runs a linear layer faster."""
     if device.type != "cpu":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bf16" if has_bf16 else "fp32"
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
     seconds = []
     for kind in (torch.bfloat16, torch.float32):
         layer, x = torch.nn.Linear(256, 1024).to(kind), torch.randn(2048, 256, dtype=kind)
@@ -133,21 +129,19 @@ def epochs(start, count, n, seed):
         yield torch.tensor(list(itertools.islice(indices, count)))
 
 
-# ---- several processes, started by torchrun: each works on its share, process 0 writes
-
 def rank_and_world():
-    """This process's number and how many there are: (0, 1) for a single one."""
+    """This process's number and how many torchrun started, (0, 1) without: each has its share, 0 writes."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def join_processes(device):
     """Meet the other processes of torchrun, if any: this one's rank, their number, its device."""
     rank, world = rank_and_world()
-    if world > 1 and not dist.is_initialized():
+    if world > 1 and not torch.distributed.is_initialized():     # it times out: long work is in `only_one`
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")    # long work: in `only_one`
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
 
 
@@ -161,8 +155,6 @@ def prefetch(function, items, ahead=2):
             yield waiting.pop(0).result()
 
 
-# ---- files: made once, by whoever comes first; whole at any moment
-
 def digest(*parts):
     """12 characters that change when any of the parts does."""
     return hashlib.sha256("\n".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()[:12]
@@ -170,13 +162,11 @@ def digest(*parts):
 
 def hold_lock(path, wait):
     """A lock, until it is released or the process ends; None if another one has it and we do not `wait`."""
-    lock = FileLock(path)
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        if wait and rank_and_world()[0] == 0:
-            print(f"waiting for another process, which holds {path}", file=sys.stderr, flush=True)
-        return lock.acquire() if wait else None
+    with suppress(Timeout):
+        return FileLock(path).acquire(timeout=0)
+    if wait and rank_and_world()[0] == 0:
+        print(f"waiting for another process, which holds {path}", file=sys.stderr, flush=True)
+    return FileLock(path).acquire() if wait else None
 
 
 @contextmanager
@@ -190,54 +180,49 @@ def only_one(path):
 
 class Parts(ConcatDataset):
     """Arrays (n, ...), mapped from the disk, one after the other: rows are read by 8 threads."""
-    pool = ThreadPoolExecutor(8)
-
-    def __init__(self, arrays):
-        super().__init__(arrays)
-        self.arrays, self.shape = arrays, (len(self), *arrays[0].shape[1:])
+    threads = ThreadPoolExecutor(8)
+    shape = property(lambda self: (len(self), *self.datasets[0].shape[1:]))
 
     def __getitem__(self, rows):
         """Row numbers, or (row numbers, an index into each row) -> array (n, ...)."""
-        rows, inner = rows if isinstance(rows, tuple) else (rows, [slice(None)] * len(rows))
-        row = super().__getitem__
-        return np.stack(list(self.pool.map(lambda number, index: row(number)[index], rows, inner)))
+        rows, inner = rows if isinstance(rows, tuple) else (rows, [...] * len(rows))
+        row = super().__getitem__                           # copied, or it would be read later, by one thread
+        return np.stack([*self.threads.map(lambda number, index: row(number)[index].copy(), rows, inner)])
 
 
-def make_parts(folder, n, make, desc, size=2048, batch=128, unit="img"):
+def make_parts(folder, n, make, desc, size=2048, batch=128):
     """Parts of n rows, made once: files of `size` rows in `folder`, by make(range of at most `batch`)."""
-    path = lambda items: os.path.join(folder, f"{items.start:09d}-{items.stop:09d}.npy")  # for any n
     ranges, (rank, world) = [range(i, min(i + size, n)) for i in range(0, n, size)], rank_and_world()
-    todo = [items for items in ranges if not os.path.exists(path(items))]
-    todo.sort(key=lambda items: items.start // size % world != rank)         # mine first: all share the work
-    there = n - sum(map(len, todo))
-    with tqdm(total=n, initial=there, desc=desc, unit=unit, disable=rank > 0 or there == n) as bar:
-        for items in todo:
-            with only_one(path(items)):
-                if not os.path.exists(path(items)):
+    files = [(os.path.join(folder, f"{rows.start:09d}-{rows.stop:09d}.npy"), rows) for rows in ranges]
+    there = sum(len(rows) for path, rows in files if os.path.exists(path))
+    with tqdm(total=n, initial=there, desc=desc, unit="img", disable=rank > 0 or there == n) as bar:
+        for path, rows in files[rank::world] + files:              # mine first: all share the work
+            with only_one(path):
+                if not os.path.exists(path):
                     made = []
-                    for first in range(0, len(items), batch):
-                        made.append(make(items[first:first + batch]))
-                        bar.update(len(items[first:first + batch]))
-                    write_atomically(path(items), lambda file: np.save(file, np.concatenate(made)))
-    arrays = []
-    for items in ranges:
-        with reading(path(items)):
-            arrays.append(np.load(path(items), mmap_mode="r", allow_pickle=False))
-            if hasattr(mmap, "MADV_RANDOM"):       # or each row read would bring its neighbours from the disk
-                arrays[-1]._mmap.madvise(mmap.MADV_RANDOM)
-    if dist.is_initialized():
-        dist.barrier()                     # all have opened them: the folder may be removed now
+                    for first in range(0, len(rows), batch):
+                        made.append(make(rows[first:first + batch]))
+                        bar.update(len(rows[first:first + batch]))
+                    write_atomically(path, lambda file: np.save(file, np.concatenate(made)))
+    with reading(folder):
+        arrays = [np.load(path, mmap_mode="r") for path, _ in files]
+    for array in arrays if hasattr(mmap, "MADV_RANDOM") else ():
+        array._mmap.madvise(mmap.MADV_RANDOM)      # or each row read would bring its neighbours from the disk
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()                # all have opened them: the folder may be removed now
     return Parts(arrays)
 
 
-def write_atomically(path, write):
-    """write(file) beside `path`, then rename: at any moment the old file or the new one. InputError."""
+def write_atomically(path, write, keep=None):
+    """write(file) beside `path`, then rename: a whole file at any moment; `keep`: the old one. InputError."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())                           # on the disk before the name points at it
+        if keep and os.path.exists(path):
+            os.replace(path, keep)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                         # torch.save's full disk: RuntimeError
         with suppress(OSError):
@@ -247,10 +232,7 @@ def write_atomically(path, write):
 
 def save_checkpoint(path, content):
     """Save a dict of tensors and plain types; the file before stays as NAME.prev.pt. One is always whole."""
-    write_atomically(f"{path}.new", lambda file: torch.save(content, file))
-    if os.path.exists(path):
-        os.replace(path, previous(path))
-    os.replace(f"{path}.new", path)
+    write_atomically(path, lambda file: torch.save(content, file), keep=previous(path))
 
 
 def previous(path):
@@ -260,10 +242,8 @@ def previous(path):
 
 def load_checkpoint(path, kind=None, allow=()):
     """Read a checkpoint, on the CPU, without running code in it; `allow`: harmless classes. InputError."""
-    if not os.path.isfile(path):
-        raise InputError(f"there is no file {path}")
-    with reading(path), torch.serialization.safe_globals(list(allow)):
-        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+    with reading(path), open(path, "rb") as file, torch.serialization.safe_globals(list(allow)):
+        if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):
             raise ValueError(f"its part {damaged} does not match its checksum")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -9,8 +9,7 @@ import json
 import os
 import re
 import tarfile
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,17 +22,13 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 import shapes
 from common import (InputError, OneLineParser, Parts, command_line, digest, make_parts, only_one, positive,
-                    reading, write_atomically)
-
-say = lru_cache(print)        # a line is said once: a folder is looked at for each split, with many pictures
-BUILT_IN = ("shapes", "shapes_text", "fashion_mnist", "cifar10", "imagenet64")
+                    reading, say, write_atomically)
 
 
 class Images:
     """
-    A data set: `rows` of `pixels`, uint8 (n, C, s, s), with labels, int64 (N,), and captions, a tuple of str
-    for each row, or None. flip: a mirrored picture is as good; source: what load_data takes; fingerprint: new
-    for other data. InputError on bad labels.
+    Rows of `pixels`, uint8 (n, C, s, s), with labels, int64 (N,), and captions, tuples of str, or None. flip:
+    mirrored ones are as good; source: for load_data; fingerprint: new for other data. InputError: bad labels.
     """
 
     def __init__(self, pixels, name, size, flip, labels, class_names, fingerprint, captions=None, rows=None,
@@ -71,29 +66,23 @@ class Drawn(SimpleNamespace):
         return np.stack([self.draw(int(row)) for row in rows])
 
 
-def load_shapes(name, size, split, flip):
-    """Drawn scenes: 24 classes, shape x colour of the largest object; or one class and captions, for text."""
-    n, first = (5_000, 10 ** 9) if split == "test" else (50_000, 0)  # far from any training picture
-    captioned = name == "shapes_text"
-    held_out = False if captioned and split == "train" else None     # see shapes.HELD_OUT
-    classes = ["all"] if captioned else shapes.KINDS
-    scene = partial(shapes.scene, 0, captioned=captioned, held_out=held_out)
-
-    @lru_cache(2 ** 30 // (3 * size * size))                         # drawn once and kept, up to a gigabyte
-    def draw(row):
-        return shapes.render(scene(first + row), size).transpose(2, 0, 1)
-
-    captions = [(shapes.caption(scene(first + row)),) for row in range(n)] if captioned else None
-    pixels, labels = Drawn(shape=(n, 3, size, size), draw=draw), (np.arange(n) + first) % len(classes)
+def read_shapes(captioned, _, split, size):
+    """Drawn scenes of 24 classes, shape x colour of the largest object; or of one class, with captions."""
+    n, first, held_out = (5_000, 10 ** 9, None) if split == "test" else (50_000, 0, False)
+    classes = ["all"] if captioned else shapes.KINDS        # test pictures are far from those of training
+    scene = lambda row: shapes.scene(0, first + row, captioned, held_out=held_out)
+    draw = lambda row: shapes.render(scene(row), size).transpose(2, 0, 1)         # kept, up to a gigabyte
+    pixels = Drawn(shape=(n, 3, size, size), draw=lru_cache(2 ** 30 // (3 * size * size))(draw))
+    captions = [(shapes.caption(scene(row)),) for row in range(n)] if captioned else None
     fingerprint = f"shapes {4 if captioned else 2} {captioned} {split} 0 {n}"
-    return Images(pixels, name, size, flip, labels, classes, fingerprint, captions)
+    return pixels, (np.arange(n) + first) % len(classes), classes, fingerprint, captions
 
 
-# ---- Fashion-MNIST, CIFAR-10, ImageNet 64 x 64: (folder, split) -> pixels, labels, class names, fingerprint
+# ---- the known sets: (data_dir, split, size of what is drawn) -> pixels, labels, class names, fingerprint
 
 FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-FASHION_SHA256 = {"train-images-idx3": "3aede38d61863908", "train-labels-idx1": "a04f17134ac03560",
-                  "t10k-images-idx3": "346e55b948d973a9", "t10k-labels-idx1": "67da17c76eaffca5"}
+FASHION_FILES = {"train": {"train-images-idx3": "3aede38d61863908", "train-labels-idx1": "a04f17134ac03560"},
+                 "test": {"t10k-images-idx3": "346e55b948d973a9", "t10k-labels-idx1": "67da17c76eaffca5"}}
 FASHION_CLASSES = "t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot".split(",")
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_CLASSES = "airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck".split(",")
@@ -109,20 +98,19 @@ def find_or_download(url, sha256, *folders):
     return path
 
 
-def read_fashion_mnist(data_dir, split):
+def read_fashion_mnist(data_dir, split, _):
     """Fashion-MNIST: 60,000 + 10,000 grey pictures of 28 px, padded to 32."""
     folders, content = (f"{data_dir}/fashion_mnist", data_dir, "/usr/share/datasets/fashion-mnist"), []
-    for name, sha256 in FASHION_SHA256.items():
-        if name.startswith("t10k" if split == "test" else "train"):
-            path = find_or_download(f"{FASHION_URL}{name}-ubyte.gz", sha256, *folders)
-            with reading(path), gzip.open(path, "rb") as file:
-                content.append(np.frombuffer(file.read(), dtype=np.uint8))
+    for name, sha256 in FASHION_FILES[split].items():
+        path = find_or_download(f"{FASHION_URL}{name}-ubyte.gz", sha256, *folders)
+        with reading(path), gzip.open(path, "rb") as file:
+            content.append(np.frombuffer(file.read(), dtype=np.uint8))
     images, labels = content[0][16:].reshape(-1, 1, 28, 28), content[1][8:]                # without headers
     images = np.pad(images, ((0, 0), (0, 0), (2, 2), (2, 2)))                              # (N, 1, 32, 32)
     return images, labels, FASHION_CLASSES, digest(hashlib.md5(images).hexdigest(), split)
 
 
-def read_cifar10(data_dir, split):
+def read_cifar10(data_dir, split, _):
     """CIFAR-10: 50,000 + 10,000 pictures of 32 px, read from the archive, which is never unpacked."""
     path = find_or_download(CIFAR_URL, "c4a38c50a1bc5f3a", data_dir)
     names = ["test_batch.bin"] if split == "test" else [f"data_batch_{i}.bin" for i in range(1, 6)]
@@ -134,7 +122,7 @@ def read_cifar10(data_dir, split):
     return images, records[:, 0], CIFAR_CLASSES, digest(hashlib.md5(records).hexdigest(), split)
 
 
-def read_imagenet64(data_dir, split):
+def read_imagenet64(data_dir, split, _):
     """Down-sampled ImageNet (64, 32 or 16 px), from its npz batches; the pixels stay on disk."""
     folder, pixels, labels, side = os.path.join(data_dir, "imagenet64"), [], [], 0
     pattern = "val_data.npz" if split == "test" else "train_data_batch_*.npz"
@@ -143,10 +131,10 @@ def read_imagenet64(data_dir, split):
         raise InputError(f"there is no {pattern} in {folder}: get it from image-net.org (down-sampled, npz)")
     for path in paths:
         copy = f"{path.removesuffix('.npz')}_{sample_of(path)}.npy"        # a zip cannot be mapped from disk
-        with reading(path), np.load(path, allow_pickle=False) as batch, only_one(copy):
+        with reading(path), np.load(path) as batch, only_one(copy):
             if not os.path.exists(copy):
                 write_atomically(copy, lambda file: np.save(file, batch["data"]))
-            flat = np.load(copy, mmap_mode="r", allow_pickle=False)
+            flat = np.load(copy, mmap_mode="r")
             side = side or round((flat.shape[1] / 3) ** 0.5)
             pixels.append(flat.reshape(-1, 3, side, side))
             labels.append(batch["labels"] - 1)
@@ -163,6 +151,8 @@ def sample_of(path):
 
 # ---- a folder of image files
 
+READERS = dict(shapes=partial(read_shapes, False), shapes_text=partial(read_shapes, True),
+               fashion_mnist=read_fashion_mnist, cifar10=read_cifar10, imagenet64=read_imagenet64)
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 MARK = b"made by FAR"                                                  # in every PNG that `save_grid` writes
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26                                # a PNG with a large text is no harm
@@ -174,15 +164,14 @@ def natural(name):
 
 
 def load_image(path, size=None):
-    """An image file, upright and on white, its centre square scaled: uint8 (3, size, size). InputError."""
+    """An image, upright and on white, its centre square scaled as ADM does: uint8 (3, S, S). InputError."""
     with reading(path), Image.open(path, formats="PNG JPEG WEBP BMP GIF TIFF PPM".split()) as image:
         if image.mode[0] in "FI":                                     # which value is white?
             raise ValueError("its greys have more than 8 bits: convert it to 8")
         image = ImageOps.exif_transpose(image).convert("RGBA")        # all of it: a truncated file fails here
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     size = size or min(image.size)
-    # as ADM does: halve while it is at least twice too large (quick, no aliases), then bicubic, then crop
-    while min(image.size) >= 2 * size:
+    while min(image.size) >= 2 * size:                        # halves are quick and without aliases
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
@@ -198,21 +187,17 @@ def is_ours(path):
 
 def read_captions(folder, images):
     """Captions, tuples of str, by image: of the JSON lines in the folder, else of a .txt each. InputError."""
-    captions, lists = {}, sorted(Path(folder).glob("[!.]*.jsonl"))
-
-    def add(image, text):
-        if words := text.encode("utf-8", "ignore").decode().split():            # no halves of characters
-            captions[image] = (*captions.get(image, ()), " ".join(words))
-
+    captions, lists = defaultdict(list), sorted(Path(folder).glob("[!.]*.jsonl"))
+    tidy = lambda text: " ".join(text.encode("utf-8", "ignore").decode().split())  # no halves of characters
     for path in lists:
         with reading(path), open(path, encoding="utf-8-sig") as file:
             for record in map(json.loads, filter(str.strip, file)):
-                image = record.get("file_name") or record["img_path"]              # the latter is JourneyDB's
-                add(os.path.normpath(image), record.get("text", record.get("prompt", "")))
+                image = os.path.normpath(record.get("file_name") or record["img_path"])        # JourneyDB's
+                captions[image].append(tidy(record.get("text", record.get("prompt", ""))))
     for image in images if not lists else ():
         with suppress(FileNotFoundError, UnicodeDecodeError):
-            add(image, Path(folder, image).with_suffix(".txt").read_text("utf-8-sig"))
-    return captions
+            captions[image].append(tidy(Path(folder, image).with_suffix(".txt").read_text("utf-8-sig")))
+    return {image: tuple(filter(None, texts)) for image, texts in captions.items() if any(texts)}
 
 
 def list_files(folder, text):
@@ -222,10 +207,9 @@ def list_files(folder, text):
         if os.path.realpath(place) in passed:                          # links must not lead round for ever
             continue
         passed.add(os.path.realpath(place))
-        for entry in os.scandir(place):
+        seen = [one for one in os.scandir(place) if not one.name.startswith((".", "@eaDir", "__MACOSX"))]
+        for entry in seen:                                             # @eaDir: thumbnails of Synology's
             ending = os.path.splitext(entry.name)[1].lower()
-            if entry.name.startswith((".", "@eaDir", "__MACOSX")):     # @eaDir: thumbnails of Synology's
-                continue
             if entry.is_dir():
                 todo.append(entry.path)
             elif ending not in IMAGE_TYPES or not entry.is_file():
@@ -253,9 +237,8 @@ def list_files(folder, text):
 def list_split(root, split, text):
     """The folder of a split, its `list_files`, and all classes. InputError, also if the other is bad."""
     there = {name.lower(): os.path.join(root, name) for name in sorted(os.listdir(root))}
-    train, test = (next((there[name] for name in names if name in there), None)
-                   for names in (("train", "training"), ("val", "valid", "validation", "test", "testing")))
-    where = train or root
+    find = lambda *names: next((there[name] for name in names if name in there), None)
+    where, test = find("train", "training") or root, find("val", "valid", "validation", "test", "testing")
     classes, captions, names = list_files(where, text)
     if test:
         *found, theirs = list_files(test, text)
@@ -288,9 +271,8 @@ def load_folder(root, size, data_dir, split, text, skip_bad, flip):
             Path(cache, f"bad-{row}").write_text(str(error), "utf-8", "surrogatepass")
             return np.zeros((3, size, size), np.uint8)
 
-    with ThreadPoolExecutor(8) as pool:                                  # PIL decodes outside Python's lock
-        decode_rows = lambda rows: np.stack([*pool.map(decode, rows)])
-        pixels = make_parts(cache, len(paths), decode_rows, "decoding", size=2048, batch=64)
+    decode_rows = lambda rows: np.stack([*Parts.threads.map(decode, rows)])      # outside Python's lock
+    pixels = make_parts(cache, len(paths), decode_rows, "decoding", batch=64)
     bad = {int(path.name[4:]): path.read_text("utf-8", "surrogatepass") for path in Path(cache).glob("bad-*")}
     if bad:
         said = f"{bad[min(bad)]}; {len(bad)} of {len(paths)} images are bad"
@@ -315,22 +297,18 @@ def read_pictures(folder):
 
 def load_data(name, size=None, data_dir="data", split="train", text=False, skip_bad=False, mirror=None):
     """
-    The `Images` of this name: one of BUILT_IN or the path of a folder of images. size: pixels per side, None
-    for the set's own; split: "train" or "test"; text: look for captions; skip_bad: leave bad images out;
-    mirror: None for yes with CIFAR-10 and ImageNet. InputError on bad names or files.
+    The `Images` of one of READERS or of a folder. size: in pixels, None: its own; split: "train" or "test";
+    text: with captions; skip_bad: without bad images; mirror: None: CIFAR-10 and ImageNet. InputError.
     """
     flip = name in ("cifar10", "imagenet64") if mirror is None else mirror
     if size is not None and not 8 <= size <= 1024:
         raise InputError(f"a picture size of {size} is not between 8 and 1024")
-    if name in ("shapes", "shapes_text"):
-        return load_shapes(name, size or 32, split, flip)
-    if name in BUILT_IN:
-        read = dict(fashion_mnist=read_fashion_mnist, cifar10=read_cifar10, imagenet64=read_imagenet64)[name]
-        pixels, *what = read(data_dir, split)
+    if name in READERS:
+        pixels, *what = READERS[name](data_dir, split, size or 32)
         return Images(pixels, name, size or pixels.shape[-1], flip, *what)
     root = os.path.abspath(os.path.expanduser(name))
     if not os.path.isdir(root):
-        raise InputError(f"--data {name} is neither a folder nor one of {', '.join(BUILT_IN)}")
+        raise InputError(f"--data {name} is neither a folder nor one of {', '.join(READERS)}")
     return load_folder(root, size or 64, data_dir, split, text, skip_bad, flip)
 
 
@@ -352,13 +330,12 @@ def save_grid(path, images, columns):
 
 def save_npz(path, images, labels):
     """Images as the field's evaluators read them: arr_0 (N, S, S, 3) uint8, and the labels as arr_1."""
-    arrays = dict(arr_0=to_rgb(images), arr_1=np.asarray(labels, np.int64))
-    write_atomically(path, lambda file: np.savez(file, **arrays))
+    write_atomically(path, lambda file: np.savez(file, arr_0=to_rgb(images), arr_1=np.int64(labels)))
 
 
 def main(argv=None):
     parser = OneLineParser(prog="data.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", default="shapes", help=f"{', '.join(BUILT_IN)}, or a folder of images")
+    parser.add_argument("--data", default="shapes", help=f"{', '.join(READERS)}, or a folder of images")
     parser.add_argument("--size", type=positive, help="pixels per side (default: the data set's own)")
     parser.add_argument("--data-dir", default="data", help="where data sets are kept")
     parser.add_argument("--text", action="store_true", help="look for captions")

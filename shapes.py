@@ -2,8 +2,8 @@
 Drawn scenes of circles, squares, triangles and stars: `scene` is what is on a picture, `render` its pixels,
 `caption` its text. Lengths are in picture widths, angles in degrees, y grows downwards.
 """
-import math
 import random
+from math import cos, hypot, radians, sin
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -49,9 +49,8 @@ def place_anywhere(rng, kind):
     plan += [(rng.choice(KINDS), rng.uniform(0.09, 0.12)) for _ in range(rng.choice((0, 0, 0, 1, 2)))]
     objects = []
     for kind, radius in plan:
-        for _ in range(20):
-            x, y = (rng.uniform(radius + 0.01, 0.99 - radius) for _ in "xy")
-            if all(math.hypot(x - o["x"], y - o["y"]) > radius + o["radius"] + 0.03 for o in objects):
+        for x, y in ([rng.uniform(radius + 0.01, 0.99 - radius) for _ in "xy"] for _ in range(20)):
+            if all(hypot(x - o["x"], y - o["y"]) > radius + o["radius"] + 0.03 for o in objects):
                 break
         else:
             return None
@@ -61,15 +60,15 @@ def place_anywhere(rng, kind):
 
 def place_in_quarters(rng, task, held_out):
     """One to three objects in the middles of quarters; None if "position" would have them lie askew."""
-    if task == "counting":
-        size = rng.choice(list(SIZES.values()))
-        plan = [(kind, rng.uniform(*size)) for kind in [rng.choice(KINDS)] * rng.choice((2, 3))]
+    size = rng.choice(list(SIZES.values())) if task == "counting" else None       # one word fits them all
+    if size:
+        kinds = [rng.choice(KINDS)] * rng.choice((2, 3))
     else:
         among = rng.choice(sorted(map(sorted, HELD_OUT))) if held_out else KINDS
         kinds = rng.sample(among, 1 if task == "single" else 2)
         while held_out is False and frozenset(kinds) in HELD_OUT:
             kinds = rng.sample(KINDS, 2)
-        plan = [(kind, rng.uniform(*rng.choice(list(SIZES.values())))) for kind in kinds]
+    plan = [(kind, rng.uniform(*(size or rng.choice(list(SIZES.values()))))) for kind in kinds]
     quarters = rng.sample([(x, y) for x in (0.25, 0.75) for y in (0.25, 0.75)], len(plan))
     if task == "position" and quarters[0][0] != quarters[1][0] and quarters[0][1] != quarters[1][1]:
         return None                                # or "left of" would also be "above"
@@ -94,16 +93,14 @@ def render(truth, size):
     large = 4 * size
     image = Image.new("RGB", (large, large), truth["background_rgb"])
     draw = ImageDraw.Draw(image)
-    for thing in truth["objects"]:
-        if thing["shape"] == "circle":
-            x, y, r = (large * thing[key] for key in ("x", "y", "radius"))
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=thing["rgb"])
+    for it in truth["objects"]:
+        x, y, r = (large * it[key] for key in ("x", "y", "radius"))
+        if it["shape"] == "circle":
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=it["rgb"])
         else:
-            n, inner, start = CORNERS[thing["shape"]]
-            angles = [math.radians(thing["rotation"] + start + 360 * i / n) for i in range(n)]
-            radii = [thing["radius"] * (inner if i % 2 else 1) for i in range(n)]
-            draw.polygon([(large * (thing["x"] + r * math.cos(a)), large * (thing["y"] + r * math.sin(a)))
-                          for r, a in zip(radii, angles)], fill=thing["rgb"])
+            n, inner, start = CORNERS[it["shape"]]
+            rim = [(r * inner ** (i % 2), radians(it["rotation"] + start + 360 * i / n)) for i in range(n)]
+            draw.polygon([(x + r * cos(a), y + r * sin(a)) for r, a in rim], fill=it["rgb"])
     return np.array(image.reduce(4))
 
 
@@ -117,14 +114,12 @@ def relation(a, b):
 def caption(truth):
     """The text of a captioned scene, as "a small red triangle left of a blue circle on a grey background"."""
     objects, side, words = truth["objects"], truth["say_place"], []
-    sizes = SIZES.items() if truth["say_size"] else ()
     for it in objects:
-        size = next((name for name, (low, high) in sizes if low <= it["radius"] <= high), "")
+        size = next(name for name, (low, high) in SIZES.items() if low <= it["radius"] <= high)
         place = SIDES[side][it[side] > 0.5] if side else ""
-        words.append(f"{size} {it['color']} {it['shape']} {place}".strip())
+        words.append(f"{size if truth['say_size'] else ''} {it['color']} {it['shape']} {place}".strip())
+    joint = relation(*objects) if truth["task"] == "position" else "and"
+    text = f" {joint} ".join(f"a {word}" for word in words)
     if truth["task"] == "counting":
-        text = f"{'two' if len(objects) == 2 else 'three'} {words[0]}s"              # one size word fits all
-    else:
-        joint = relation(*objects) if truth["task"] == "position" else "and"
-        text = f" {joint} ".join(f"a {word}" for word in words)
+        text = f"{'two' if len(objects) == 2 else 'three'} {words[0]}s"
     return f"{text} on a {truth['background']} background" if truth["say_background"] else text

@@ -4,19 +4,16 @@ the longest, E wide. A text is (tokens or vectors, visible (B, M)), False on the
 """
 import os
 import re
-from functools import cache
 from hashlib import sha256
 
-import numpy as np
 import torch
 import torch.nn as nn
 
-from common import faster_dtype, make_parts, reading
+from common import faster_dtype, make_parts, reading, say
 
 WORD_BYTES, MOST_WORDS = 12, 64      # of the byte encoder: longer words are several tokens
 MOST_TOKENS = 300                    # of Qwen2, as in the paper
 WORD = re.compile(rb"[0-9A-Za-z\x80-\xff]{1,%d}|[^\s0-9A-Za-z\x80-\xff]" % WORD_BYTES)
-say = cache(print)                   # a warning is said once
 
 
 def pad(rows):
@@ -101,25 +98,23 @@ def encode(encoder, captions):
 
 def text_source(encoder, data, folder, size=1024, batch=32):
     """A function of indices (B,), and u (B,) in [0, 1), which picks one of several captions: text for FAR."""
+    pick = lambda indices, u: [data.caption(int(i), float(v)) for i, v in zip(indices, u)]
     if not encoder:
-        return lambda indices, u: byte_tokens([data.caption(int(i), float(v)) for i, v in zip(indices, u)])
+        return lambda indices, u: byte_tokens(pick(indices, u))
     captions = [caption for several in data.captions for caption in several]
-    firsts = np.cumsum([0, *map(len, data.captions)])          # image i: captions from firsts[i] on
-    key, starts = sha256(encoder.fingerprint.encode()), [0]    # caption j: vectors starts[j] to starts[j + 1]
+    key, rows, n = sha256(encoder.fingerprint.encode()), {}, 0      # of a caption: its rows among all vectors
     for first in range(0, len(captions), size):
-        for ids in encoder.token_ids(captions[first:first + size]):
+        some = captions[first:first + size]
+        for caption, ids in zip(some, encoder.token_ids(some)):
             key.update(repr(ids).encode())
-            starts.append(starts[-1] + len(ids))
+            rows[caption] = range(n, n + len(ids))
+            n += len(ids)
 
     def make(items):
         vectors, visible = encoder.encode(captions[items.start:items.stop])
         return vectors[visible].half().numpy()                                            # (tokens, E)
 
     folder = os.path.join(folder, f"text_{data.name}_{key.hexdigest()[:12]}")
-    vectors = make_parts(folder, len(captions), make, "text vectors", size, batch, "caption")
-
-    def source(indices, u):
-        pick = [firsts[i] + int(v * len(data.captions[i])) for i, v in zip(map(int, indices), map(float, u))]
-        return pad([torch.from_numpy(vectors[range(*starts[j:j + 2])]) for j in pick])        # float16
-
-    return source
+    vectors = make_parts(folder, len(captions), make, "text vectors", size, batch)
+    read = lambda caption: torch.from_numpy(vectors[rows[caption]])                      # (tokens, E) float16
+    return lambda indices, u: pad([read(caption) for caption in pick(indices, u)])

@@ -19,8 +19,6 @@ from tqdm import trange
 from common import (InputError, autocast, digest, epochs, load_checkpoint, make_parts, only_one, prefetch,
                     reading, step_generator, write_atomically)
 
-BATCH = 32                         # images of a training step
-
 
 @dataclass
 class TokenizerConfig:
@@ -30,7 +28,7 @@ class TokenizerConfig:
     latent_dim: int = 64           # C
     width: int = 64                # channels of the first level
     published: bool = False        # the published network: levels that halve the side four times
-
+    batch = 32                                                               # images of a training step
     latent_size = property(lambda cfg: cfg.image_size // cfg.stride)         # H
 
     def __post_init__(self):
@@ -195,7 +193,8 @@ def fit_to_data(tokenizer, data, path):
     """Set a given tokenizer to the data's size; the published one takes any multiple of 16. InputError."""
     cfg = tokenizer.cfg
     if cfg.image_channels != data.channels or not (cfg.published or cfg.image_size == data.size):
-        raise InputError(f"{path} does not fit {data.name}: {data.channels} channels and {data.size} px")
+        raise InputError(f"{path} is for {cfg.image_channels} channels and {cfg.image_size} px, "
+                         f"{data.name} has {data.channels} channels and {data.size} px")
     tokenizer.cfg = replace(cfg, image_size=data.size)
 
 
@@ -238,15 +237,14 @@ def start_from_patches(tokenizer, images):
 
 def train_step(tokenizer, optimizer, images, flip, step, steps, seed, dtype):
     """A step on uint8 images (B, c, S, S), never waiting for the device -> the gradient's norm, ()."""
-    device = images.device
-    draw = dict(generator=step_generator(seed, step, device), device=device)
+    draw = dict(generator=step_generator(seed, step, images.device), device=images.device)
     # warm-up over 100 steps, half of a short run, then a cosine to zero: a run of any length is finished
     warm = min(1, (step + 1) / min(100, steps / 2))
     optimizer.param_groups[0]["lr"] = 4e-3 * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
     images = to_unit(images)
     if flip:
         images = torch.where(torch.rand(len(images), 1, 1, 1, **draw) < 0.5, images.flip(-1), images)
-    with autocast(device, dtype):
+    with autocast(images.device, dtype):
         loss = autoencoder_loss(tokenizer, images, **draw)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
@@ -259,7 +257,7 @@ def time_step(cfg, device, dtype):
     """Seconds of a training step here: of the second one, for the first prepares memory and kernels."""
     tokenizer = AutoencoderKL(cfg).to(device)
     optimizer = torch.optim.AdamW(tokenizer.parameters())
-    images = torch.zeros(BATCH, cfg.image_channels, cfg.image_size, cfg.image_size, device=device)
+    images = torch.zeros(cfg.batch, cfg.image_channels, cfg.image_size, cfg.image_size, device=device)
     step = lambda: train_step(tokenizer, optimizer, images, False, 0, 1, 0, dtype).item()
     return timeit.repeat(step, number=1, repeat=2)[1]
 
@@ -271,7 +269,7 @@ def train_tokenizer(data, cfg, path, steps, seed=0, device="cpu", dtype="fp32"):
     some = next(epochs(0, min(len(data), 2048), len(data), seed))
     start_from_patches(tokenizer, to_unit(data.batch(some)).to(device))
     optimizer = torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
-    batches = prefetch(lambda indices: data.batch(indices).to(device), epochs(0, BATCH, len(data), seed))
+    batches = prefetch(lambda indices: data.batch(indices).to(device), epochs(0, cfg.batch, len(data), seed))
     for step in trange(steps, desc="tokenizer", unit="step"):
         norm = train_step(tokenizer, optimizer, next(batches), data.flip, step, steps, seed, dtype)
     if not math.isfinite(norm.item()):                  # as it stays from the first step on where it was not

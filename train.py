@@ -34,7 +34,7 @@ from data import load_data, save_grid
 from far import FAR, LAYOUTS, PRESETS, FARConfig, Randomness, default_layout, make_config, sampling_defaults
 from sample import draw_pictures, what_to_draw
 from text import load_encoder, text_source
-from tokenizer import (BATCH, cache_latents, default_config, fingerprint, fit_to_data, get_tokenizer,
+from tokenizer import (cache_latents, default_config, fingerprint, fit_to_data, get_tokenizer,
                        load_tokenizer, reconstruct, save_tokenizer, time_step, tokenizer_path)
 
 # what --set may change, and how it is read: fields of FARConfig that no other flag decides, and the recipe
@@ -301,7 +301,7 @@ def announce(run, model_name, data, tokenizer_cfg):
     if tokenizer_cfg:
         seconds = time_step(tokenizer_cfg, run.device, run.dtype)    # to encode is a sixth of a training step
         minutes["tokenizer"] = seconds / 60 * recipe["tokenizer"]
-        minutes["latents"] = seconds / 60 / BATCH / 6 * len(data) * (2 if data.flip else 1)
+        minutes["latents"] = seconds / 60 / tokenizer_cfg.batch / 6 * len(data) * (2 if data.flip else 1)
     total, parts = sum(minutes.values()), ", ".join(f"{name} {part:,.1f}" for name, part in minutes.items())
     print(f"timed steps say about {total:,.1f} minutes: {parts}", flush=True)
     if on_cpu and total > 120:

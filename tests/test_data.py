@@ -120,7 +120,7 @@ def test_imagenet_batches_are_mapped_from_copies_that_one_of_two_makes_in_their_
     two_at_once(lambda: load_data("imagenet64"))
     ds = load_data("imagenet64")
     assert data.write_atomically.call_count == 3
-    assert ds.size == 16 and ds.n_class == 1000 and ds.flip and isinstance(ds.pixels.arrays[2], np.memmap)
+    assert ds.size == 16 and ds.n_class == 1000 and ds.flip and isinstance(ds.pixels.datasets[2], np.memmap)
     assert np.array_equal(ds.batch(range(18)), pixels) and np.array_equal(ds.labels, labels - 1)
     refused("val_data.npz", "imagenet64", split="test")
     (pixels, _), other = known_sets(side=32)["imagenet"], load_data("imagenet64")
