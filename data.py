@@ -287,11 +287,11 @@ def load_folder(root, size, data_dir, split, text, skip_bad, flip):
 
 
 def read_pictures(folder):
-    """Pictures to score, uint8 (N, 3, S, S), S of the first; labels (N,) if there are classes. InputError."""
+    """Pictures to score, uint8 (N, 3, S, S), S of the first, and the names of their classes. InputError."""
     classes, _, names = list_files(folder, False)
     paths = [os.path.join(folder, image) for image in classes]
     size = load_image(paths[0]).shape[1]
-    labels = torch.tensor([names.index(name) for name in classes.values()]) if len(names) > 1 else None
+    labels = list(classes.values()) if len(names) > 1 else None
     return torch.from_numpy(np.stack([load_image(path, size) for path in paths])), labels
 
 

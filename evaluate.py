@@ -183,7 +183,7 @@ def score(batches, labels, network, reference):
 # ---- the command: everything is read and compared before the hours of sampling
 
 def read_images(path):
-    """uint8 images (N, C, S, S), labels (N,) or None, of an .npz (arr_0 (N, S, S, C), arr_1) or a folder."""
+    """uint8 images (N, C, S, S), labels or None, of an .npz (arr_0 (N, S, S, C), arr_1 (N,)) or a folder."""
     if os.path.isdir(path):
         return read_pictures(path)
     with reading(path), np.load(path, allow_pickle=False) as file:
@@ -203,17 +203,16 @@ def open_inputs(args, run, device):
     else:
         images, labels = read_images(args.samples)
     name, folder = args.data or known.get("source"), args.data_dir or known.get("data_dir", "data")
-    if not name and not args.reference:
-        raise InputError("there is nothing to compare with: add --data or --reference")
-    if name:
-        data, test = (load_data(name, images.shape[2], folder, split, skip_bad=True)
+    if name or not args.reference:                           # there must be something to compare with
+        data, test = (load_data(name or "(not given)", images.shape[2], folder, split, skip_bad=True)
                       for split in ("train", "test"))
         images = images[:, :data.channels] if (images == images[:, :1]).all() else images    # grey: R = G = B
         if images.shape[1:] != (data.channels, data.size, data.size):
             raise InputError(f"{name} has {data.channels} x {data.size} px, images {tuple(images.shape[1:])}")
-        # a folder's classes are numbered among themselves: with fewer than the data has, they mean others
-        few = labels is not None and os.path.isdir(args.samples or "") and labels.max() < data.n_class - 1
-        if labels is not None and (few or not 0 <= labels.min() <= labels.max() < data.n_class):
+        numbers = {str(i): i for i in range(data.n_class)} | dict(zip(data.class_names, range(data.n_class)))
+        if isinstance(labels, list):               # of a folder: the names of its classes, or their numbers
+            labels = torch.tensor([numbers.get(label, -1) for label in labels])
+        if labels is not None and not 0 <= labels.min() <= labels.max() < data.n_class:
             raise InputError(f"labels run from {labels.min()} to {labels.max()}, of {data.n_class} classes")
     inception = args.features == "inception"
     network = InceptionFeatures(device, folder) if inception else classifier_features(data, device, folder)

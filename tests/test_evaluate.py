@@ -109,15 +109,28 @@ def test_images_come_back_as_they_were_written_and_what_is_not_images_is_refused
         os.makedirs(f"made/{name}", exist_ok=True)
         Image.fromarray(x[i]).save(f"made/{name}/{i}.png")
     for place, order, classes in (("x.npz", [*range(6)], [*range(6)]), ("made/2", [0, 2, 4], None),
-                                  ("made", [0, 2, 4, 1, 3, 5], [0, 0, 0, 1, 1, 1])):
+                                  ("made", [0, 2, 4, 1, 3, 5], ["2"] * 3 + ["10"] * 3)):
         found, labels = read_images(place)
-        assert torch.equal(found, images[order]) and (labels.tolist() if classes else labels) == classes
+        assert torch.equal(found, images[order]) and (classes is None or list(labels) == classes)
+        assert classes or labels is None
     os.truncate("x.npz", 500)
     for i, bad in enumerate((dict(arr_0=x / 255), dict(x=x), dict(arr_0=x[:0]), dict(arr_0=x, arr_1=[1, 2]))):
         np.savez(f"{i}.npz", **bad)
     for name in ("x.npz", "0.npz", "1.npz", "2.npz", "3.npz"):
         with pytest.raises(InputError, match=name):
             read_images(name)
+
+
+def test_class_folders_are_known_by_name_or_number(tmp_path, monkeypatch, cli):
+    given, command = [], [evaluate.main, "--samples", tmp_path, "--data", "shapes", "--data-dir", tmp_path / "d"]
+    for name in ("train_classifier", "classifier_features", "reference_of"):
+        monkeypatch.setattr(evaluate, name, Mock())
+    monkeypatch.setattr(evaluate, "score", lambda images, labels, *_: given.append(labels) or {})
+    for name in ("blue star", "3", "rocket"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (32, 32)).save(tmp_path / name / "1.png")
+        code, _, last = cli(*command)
+    assert given[0] is None and given[2].tolist() == [3, 20] and code == 2 and "labels run from -1" in last
 
 
 def test_statistics_of_others_are_compared_with_and_bad_commands_are_one_line(tmp_path, inception, cli):
