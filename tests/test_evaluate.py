@@ -125,12 +125,13 @@ def test_class_folders_are_known_by_name_or_number(tmp_path, monkeypatch, cli):
     given, command = [], [evaluate.main, "--samples", tmp_path, "--data", "shapes", "--data-dir", tmp_path / "d"]
     for name in ("train_classifier", "classifier_features", "reference_of"):
         monkeypatch.setattr(evaluate, name, Mock())
-    monkeypatch.setattr(evaluate, "score", lambda images, labels, *_: given.append(labels) or {})
+    monkeypatch.setattr(evaluate, "score", lambda _, labels, *more: given.append(labels) or {})
     for name in ("blue star", "3", "rocket"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (32, 32)).save(tmp_path / name / "1.png")
         code, _, last = cli(*command)
-    assert given[0] is None and given[2].tolist() == [3, 20] and code == 2 and "labels run from -1" in last
+    assert given[0] is None and given[2].tolist() == [3, 20]
+    assert code == 2 and "labels run from -1" in last
 
 
 def test_statistics_of_others_are_compared_with_and_bad_commands_are_one_line(tmp_path, inception, cli):
