@@ -122,14 +122,14 @@ def test_images_come_back_as_they_were_written_and_what_is_not_images_is_refused
 
 
 def test_class_folders_are_known_by_name_or_number(tmp_path, monkeypatch, cli):
-    given, command = [], [evaluate.main, "--samples", tmp_path, "--data", "shapes", "--data-dir", tmp_path / "d"]
+    given, flags = [], ("--samples", tmp_path, "--data", "shapes", "--data-dir", tmp_path / "data")
     for name in ("train_classifier", "classifier_features", "reference_of"):
         monkeypatch.setattr(evaluate, name, Mock())
     monkeypatch.setattr(evaluate, "score", lambda _, labels, *more: given.append(labels) or {})
     for name in ("blue star", "3", "rocket"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (32, 32)).save(tmp_path / name / "1.png")
-        code, _, last = cli(*command)
+        code, _, last = cli(evaluate.main, *flags)
     assert given[0] is None and given[2].tolist() == [3, 20]
     assert code == 2 and "labels run from -1" in last
 
