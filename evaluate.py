@@ -194,8 +194,8 @@ def read_images(path):
     return images, labels
 
 
-def open_inputs(args, run, device):
-    """Images (of a run noise stands for them), labels, test set or None, network, reference. InputError."""
+def open_inputs(args, run, device, rank):
+    """Images (of a run, noise), labels, test set or None, network, reference, of process 0. InputError."""
     known, data, test = run.data if run else {}, None, None
     if run:
         images = torch.randint(256, (1, known["channels"], known["size"], known["size"])).byte()
@@ -217,7 +217,7 @@ def open_inputs(args, run, device):
     inception = args.features == "inception"
     network = InceptionFeatures(device, folder) if inception else classifier_features(data, device, folder)
     if not args.reference:
-        return images, labels, test, network, reference_of(pick(data, 50_000)[0], network)
+        return images, labels, test, network, None if rank else reference_of(pick(data, 50_000)[0], network)
     width = network.head.weight.shape[1]
     with reading(args.reference), np.load(args.reference, allow_pickle=False) as file:
         mu = np.asarray_chkfinite(file["mu"], np.float64).reshape(width)
@@ -244,7 +244,7 @@ def main(argv=None):
     if run and run.model.cfg.text_dim:
         raise InputError(f"{args.ckpt} draws from text: see python -m extras.geneval")
     sampling = sampling_settings(args, run.model.cfg) if run else {}
-    images, labels, test, network, reference = open_inputs(args, run, device)
+    images, labels, test, network, reference = open_inputs(args, run, device, rank)
     if run:
         run.dtype = args.dtype or run.dtype
         key = digest(fingerprint(run.model), fingerprint(run.tokenizer), sampling, args.seed, run.dtype)

@@ -83,7 +83,8 @@ def get_args(argv=None):
 # ---- the recipe. PAPER is that of its sizes (FAR, implementation details): AdamW, constant lr, given per 256
 # images; for less than a million images as many steps as take a current GPU an hour: `hour` tokens, the
 # condition's included (40% of 400 TFLOP/s). SMALL: minutes on two CPU cores, Muon, lr to 0.
-PAPER = dict(batch=128, lr=1e-4, lr_per=256, warmup=0.25, decay=False, muon=False, ema=0.9999, clip=3.0)
+PAPER = dict(batch=128, lr=1e-4, lr_per=256, warmup=0.25, decay=False, muon=False, ema=0.9999, clip=3.0,
+             tokenizer=400)
 SMALL = dict(PAPER, lr=1.5e-2, lr_per=None, warmup=0.05, decay=True, muon=True)
 RECIPES = {
     "far_nano": dict(SMALL, steps=3000, batch=32),
@@ -117,14 +118,14 @@ def configure(args, data, grid, encoder, world):
         recipe["steps"] = math.ceil(hour / recipe["batch"] / args.accum / (cfg.n_cond + cfg.latent_size ** 2))
     recipe["steps"] = args.steps or recipe["steps"]
     recipe["warmup"] = math.ceil(recipe["warmup"] * recipe["steps"])
-    recipe["tokenizer"] = tokenizer_steps(recipe["steps"], recipe.get("tokenizer", 400))
+    recipe["tokenizer"] = tokenizer_steps(recipe["steps"], recipe["tokenizer"])
     recipe["lr"] *= recipe["effective"] / (recipe["lr_per"] or recipe["effective"])
     if not (recipe["lr"] > 0 and recipe["clip"] > 0 and 0 <= recipe["ema"] < 1 and recipe["tokenizer"] > 0):
         raise InputError("--set: lr, clip and tokenizer must be above 0, ema from 0 to below 1")
     return cfg, recipe
 
 
-def tokenizer_steps(steps, most=400):
+def tokenizer_steps(steps, most=PAPER["tokenizer"]):
     """Optimizer steps of the tokenizer of a run of `steps`: fewer than usual for a short one."""
     return min(most, max(10, 5 * steps // 4))
 

@@ -206,7 +206,7 @@ def main(argv=None):
     network = classifier_features(data, device, args.data_dir)
     args.size, args.device, args.dtype = data.size, device, faster_dtype(device)
     cfg = default_config(data.size, data.channels)
-    steps = min(400, max(10, 5 * args.seconds))
+    steps = train.tokenizer_steps(4 * args.seconds)
     tokenizer = get_tokenizer(data, held_out, cfg, args.data_dir, steps, 0, device, args.dtype)
     save_tokenizer(f"{args.out}/tokenizer.pt", tokenizer)
     reference = reference_of(pick(data, 50000)[0], network)
