@@ -62,7 +62,7 @@ def get_args(argv=None):
     add("--skip-bad", action="store_true", help="leave out images that cannot be read instead of stopping")
     add("--mirror", action="store_true", help="show every image of a folder mirrored, half of the time")
     add("--tokenizer", help="a tokenizer.pt, or the published kl16.ckpt; by default one is trained")
-    add("--model", choices=list(PRESETS), help="size; by default far_tiny, with --text far_tiny_t2i")
+    add("--model", choices=list(PRESETS), help="size; by default far_nano for shapes, far_tiny for others")
     add("--layout", choices=list(LAYOUTS), help="by default paper for the paper's sizes, band for others")
     add("--set", nargs="*", type=setting, default=[], metavar="NAME=VALUE",
         help="change fields of FARConfig or of the recipe, e.g. bands=1,2,4,8 lowpass=fft lr=1e-3")
@@ -76,7 +76,8 @@ def get_args(argv=None):
     add("--compile", action="store_true", help="torch.compile the blocks: faster steps on a GPU")
     args = parser.parse_args(argv)
     args.data = args.data or ("shapes_text" if args.text else "shapes")
-    args.model = args.model or ("far_tiny_t2i" if args.text else "far_tiny")
+    small = "far_nano" if args.data == "shapes" else "far_tiny"
+    args.model = args.model or ("far_tiny_t2i" if args.text else small)
     return args
 
 
@@ -87,7 +88,7 @@ PAPER = dict(batch=128, lr=1e-4, lr_per=256, warmup=0.25, decay=False, muon=Fals
              tokenizer=400)
 SMALL = dict(PAPER, lr=1.5e-2, lr_per=None, warmup=0.05, decay=True, muon=True)
 RECIPES = {
-    "far_nano": dict(SMALL, steps=3000, batch=32),
+    "far_nano": dict(SMALL, steps=2000),
     "far_tiny": dict(SMALL, steps=2000),
     "far_tiny_t2i": dict(SMALL, steps=2000, lr=8e-3),
     "far_s": dict(SMALL, steps=120_000, lr=5e-4, muon=False, warmup=0.01),            # an hour, 30 ms each
