@@ -397,6 +397,8 @@ def sampling_defaults(cfg):
     settings = dict(SAMPLING[cfg.layout], bands=bands, masked=cfg.mask != "none")     # what it was trained on
     if not cfg.label_drop:
         settings["cfg"] = 1.0                                 # there is no null condition
+    if cfg.width < 128:
+        settings["temperature"] = 1.0                         # a small network's samples vary by themselves
     if cfg.text_dim and cfg.layout == "band":                 # being right counts more than variety
         settings.update(cfg=1.5, guidance="constant", temperature=0.7)
     return settings
