@@ -78,16 +78,16 @@ class Block(nn.Module):
 class JointBlock(nn.Module):
     """A block with adaLN-zero on the tokens of one band, as in DiT (Peebles & Xie 2023, sec. 3.2)."""
 
-    def __init__(self, width, n_head):
+    def __init__(self, width, n_head, mlp=4):
         super().__init__()
         self.n_head = n_head
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.fc1, self.fc2 = nn.Linear(width, mlp * width), nn.Linear(mlp * width, width)
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, h, y):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(y).chunk(6, dim=-1)    # (B, N, W) each
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(y).chunk(6, dim=-1)    # (B, N or 1, W)
         q, k, v = self.qkv(self.norm1(h) * (1 + scale1) + shift1).chunk(3, dim=-1)
         h = h + gate1 * self.proj(attend(q, k, v, self.n_head))
         return h + gate2 * self.fc2(F.gelu(self.fc1(self.norm2(h) * (1 + scale2) + shift2)))

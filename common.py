@@ -182,15 +182,16 @@ def only_one(path):
 
 
 class Parts(ConcatDataset):
-    """Arrays (n, ...), mapped from the disk, one after the other: rows are read by 8 threads."""
+    """Arrays (n, ...), mapped from the disk, one after the other: of many, 8 threads read the rows."""
     threads = ThreadPoolExecutor(8)
     shape = property(lambda self: (len(self), *self.datasets[0].shape[1:]))
 
     def __getitem__(self, rows):
         """Row numbers, or (row numbers, an index into each row) -> array (n, ...)."""
         rows, inner = rows if isinstance(rows, tuple) else (rows, [...] * len(rows))
-        row = super().__getitem__                           # copied, or it would be read later, by one thread
-        return np.stack([*self.threads.map(lambda number, index: row(number)[index].copy(), rows, inner)])
+        in_memory = sum(part.nbytes for part in self.datasets) < 2 ** 30     # threads would only cost time
+        each, row = map if in_memory else self.threads.map, super().__getitem__
+        return np.stack([*each(lambda number, index: row(number)[index].copy(), rows, inner)])   # read now
 
 
 def make_parts(folder, n, make, desc, size=2048, batch=128):

@@ -101,26 +101,30 @@ class DiffusionHead(nn.Module):
     """
     A DDPM of single tokens; its network is a small adaLN MLP (MAR: Li et al. 2024, section 3.2 and appendix).
     With `n_head` it draws the N tokens of a band jointly, at one step t: its blocks attend among them.
+    `lean`: steered once for a band, its MLPs half as wide, and noise has a way past the narrow network.
     """
 
-    def __init__(self, token_dim, z_dim, width, depth, schedule="cosine", predict="eps", n_head=0, T=1000):
+    def __init__(self, token_dim, z_dim, width, depth, schedule="cosine", predict="eps", n_head=0, lean=False,
+                 T=1000):
         super().__init__()
         self.predict, self.joint = predict, n_head > 0
         self.time = TimeEmbedding(width)
         self.cond = nn.Linear(z_dim, width)
         self.level = nn.Linear(1, width)                 # of the raw cut-off of the transformer's input
         self.input = nn.Linear(token_dim, width)
-        block = lambda: JointBlock(width, n_head) if n_head else HeadBlock(width)
+        block = lambda: JointBlock(width, n_head, 2 if lean else 4) if n_head else HeadBlock(width)
         self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, 2 * token_dim)    # the prediction, and v of the learned variance
+        self.skip = nn.Linear(width, token_dim) if lean else None     # c_skip of Karras et al. 2022, learned
         for linear in [m for m in self.modules() if isinstance(m, nn.Linear)]:
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
         for linear in (self.time.fc1, self.time.fc2):
             nn.init.normal_(linear.weight, std=0.02)
-        for linear in [block.modulation for block in self.blocks] + [self.modulation, self.output]:
+        last = [self.modulation, self.output] + [self.skip] * lean
+        for linear in [block.modulation for block in self.blocks] + last:
             nn.init.zeros_(linear.weight)             # every block starts as the identity, the output as zero
         self.abar = alphas_cumprod(schedule, T)          # float64, and so on the CPU: mps has none
         self.chains = {}                                 # (steps, device) -> Chain
@@ -140,11 +144,14 @@ class DiffusionHead(nn.Module):
     def forward(self, xt, time, condition):
         """Tokens (..., C), joint: (B, N, C); time and condition (..., W) -> prediction and v, (..., C)."""
         h = self.input(xt)                                                           # (..., W)
-        y = F.silu(time + condition)                                                 # (..., W)
+        if self.skip is not None:
+            h, condition = h + condition, condition.mean(dim=1, keepdim=True)
+        y = F.silu(time + condition)                                        # (..., W), or lean: (B, 1, W)
         for block in self.blocks:
             h = block(h, y)
         shift, scale = self.modulation(y).chunk(2, dim=-1)
-        return self.output(self.norm(h) * (1 + scale) + shift).float().chunk(2, dim=-1)
+        prediction, v = self.output(self.norm(h) * (1 + scale) + shift).float().chunk(2, dim=-1)
+        return (prediction if self.skip is None else prediction + self.skip(y) * xt), v
 
     def to_x0(self, prediction, xt, alpha, sigma):
         """The clean token that a prediction of noise, or of v (Salimans & Ho 2022), implies."""

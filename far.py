@@ -70,6 +70,7 @@ class FARConfig:
     head_width: int = 192
     head_depth: int = 3
     head_attention: int = 0       # * heads of attention: a band is drawn jointly; 0: its tokens independently
+    head_lean: int = 0            # 1: a joint head for little time, see DiffusionHead
     schedule: str = "cosine"          # noise schedule: cosine or linear
     predict: str = "v"                # * what the head predicts: v, or eps, the noise
     times: str = "logit-normal"       # * diffusion steps of training: uniform, or more often in the middle
@@ -161,7 +162,7 @@ class FAR(nn.Module):
         if not cfg.text_dim:
             nn.init.normal_(self.class_embed.weight, std=0.02)
         self.head = DiffusionHead(cfg.latent_dim, D, cfg.head_width, cfg.head_depth, cfg.schedule,
-                                  cfg.predict, cfg.head_attention)
+                                  cfg.predict, cfg.head_attention, bool(cfg.head_attention and cfg.head_lean))
         if cfg.context == "all":                   # which band a token is of, and which ones it may look at
             self.level = nn.Parameter(torch.zeros(H + 1, D))
             mask = ladder.band_causal_mask([cfg.n_cond, *(self.side(k) ** 2 for k in cfg.bands)])
@@ -363,7 +364,7 @@ PRESETS = {
     # two that draw the tokens of a band jointly, with more noise on the lower bands: half their weights are
     # in the head. Drawn shapes need many steps more than they need width.
     "far_nano": dict(width=64, depth=1, n_head=2, n_cond=1, head_width=64, head_depth=3, head_attention=2,
-                     noise_levels=0.5, input_noise=0.8),
+                     head_lean=1, noise_levels=0.25, input_noise=0.8),
     "far_tiny": dict(width=128, depth=1, n_head=4, n_cond=1, head_width=128, head_depth=3, head_attention=4,
                      noise_levels=1, input_noise=0.8),
     "far_s": dict(width=384, depth=6, n_head=6, n_cond=4, head_width=384, head_depth=4),
@@ -397,8 +398,6 @@ def sampling_defaults(cfg):
     settings = dict(SAMPLING[cfg.layout], bands=bands, masked=cfg.mask != "none")     # what it was trained on
     if not cfg.label_drop:
         settings["cfg"] = 1.0                                 # there is no null condition
-    if cfg.width < 128:
-        settings["temperature"] = 1.0                         # a small network's samples vary by themselves
     if cfg.text_dim and cfg.layout == "band":                 # being right counts more than variety
         settings.update(cfg=1.5, guidance="constant", temperature=0.7)
     return settings
