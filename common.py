@@ -185,12 +185,12 @@ class Parts(ConcatDataset):
     """Arrays (n, ...), mapped from the disk, one after the other: of many, 8 threads read the rows."""
     threads = ThreadPoolExecutor(8)
     shape = property(lambda self: (len(self), *self.datasets[0].shape[1:]))
+    in_memory = property(lambda self: sum(part.nbytes for part in self.datasets) < 2 ** 30)
 
     def __getitem__(self, rows):
         """Row numbers, or (row numbers, an index into each row) -> array (n, ...)."""
         rows, inner = rows if isinstance(rows, tuple) else (rows, [...] * len(rows))
-        in_memory = sum(part.nbytes for part in self.datasets) < 2 ** 30     # threads would only cost time
-        each, row = map if in_memory else self.threads.map, super().__getitem__
+        each, row = map if self.in_memory else self.threads.map, super().__getitem__
         return np.stack([*each(lambda number, index: row(number)[index].copy(), rows, inner)])   # read now
 
 

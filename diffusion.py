@@ -104,8 +104,8 @@ class DiffusionHead(nn.Module):
     `lean`: steered once for a band, its MLPs half as wide, and noise has a way past the narrow network.
     """
 
-    def __init__(self, token_dim, z_dim, width, depth, schedule="cosine", predict="eps", n_head=0, lean=False,
-                 T=1000):
+    def __init__(self, token_dim, z_dim, width, depth, schedule="cosine", predict="eps", n_head=0,
+                 lean=False):
         super().__init__()
         self.predict, self.joint = predict, n_head > 0
         self.time = TimeEmbedding(width)
@@ -126,7 +126,7 @@ class DiffusionHead(nn.Module):
         last = [self.modulation, self.output] + [self.skip] * lean
         for linear in [block.modulation for block in self.blocks] + last:
             nn.init.zeros_(linear.weight)             # every block starts as the identity, the output as zero
-        self.abar = alphas_cumprod(schedule, T)          # float64, and so on the CPU: mps has none
+        self.abar = alphas_cumprod(schedule, 1000)       # float64, and so on the CPU: mps has none
         self.chains = {}                                 # (steps, device) -> Chain
 
     def chain(self, times=None):

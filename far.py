@@ -361,8 +361,7 @@ class FAR(nn.Module):
 # ---- sizes. far_b, far_l and far_h are the paper's; the smaller ones are for a CPU or one small GPU
 
 PRESETS = {
-    # two that draw the tokens of a band jointly, with more noise on the lower bands: half their weights are
-    # in the head. Drawn shapes need many steps more than they need width.
+    # two draw a band jointly, half their weights in the head; drawn shapes need steps more than width
     "far_nano": dict(width=64, depth=1, n_head=2, n_cond=1, head_width=64, head_depth=3, head_attention=2,
                      head_lean=1, noise_levels=0.25, input_noise=0.8),
     "far_tiny": dict(width=128, depth=1, n_head=4, n_cond=1, head_width=128, head_depth=3, head_attention=4,

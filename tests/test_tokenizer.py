@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tokenizer
-from common import InputError, make_parts
+from common import InputError, Parts, make_parts
 from conftest import slowly, two_at_once
 from data import Images, load_data
 from tokenizer import AutoencoderKL, TokenizerConfig, cache_latents, fingerprint, to_unit, train_tokenizer
@@ -26,6 +26,7 @@ def pictures(n=24):
 @pytest.fixture
 def small_files(monkeypatch):
     monkeypatch.setattr(tokenizer, "make_parts", lambda *args, batch: make_parts(*args, size=8, batch=4))
+    monkeypatch.setattr(Parts, "in_memory", False)                      # rows are read by threads, as of many
 
 
 def test_the_tokenizer_follows_the_size_of_the_images():
