@@ -147,7 +147,7 @@ def test_the_authors_files_become_a_run_that_is_sampled_and_given_away(tmp_path,
     names += ["class_emb.weight", "fake_latent", "mask_token"]
     names += [start.format(i) + layer + end for start, every in layers.items() for layer in every.split()
               for end in (".weight", ".bias") for i in (0, 1)]
-    model, theirs, run, given = small("released", 4, 16, 5, head_lean=0), *(str(tmp_path / name) for name in "abc")
+    model, theirs, run, given = small("released", 4, 16, 5, head_lean=0), *(str(tmp_path / x) for x in "abc")
     state, kl16 = model.state_dict(), str(tmp_path / "kl16.ckpt")
     weights = {name: state[published.our_name(name)] for name in names}
     content = dict(model={n: w + 1 for n, w in weights.items()}, model_ema=weights, args=argparse.Namespace())
