@@ -191,7 +191,8 @@ class Parts(ConcatDataset):
         """Row numbers, or (row numbers, an index into each row) -> array (n, ...)."""
         rows, inner = rows if isinstance(rows, tuple) else (rows, [...] * len(rows))
         each, row = map if self.in_memory else self.threads.map, super().__getitem__
-        return np.stack([*each(lambda number, index: row(number)[index].copy(), rows, inner)])   # read now
+        read = lambda number, index: row(number)[index].copy()     # copied, or it would be read later, by one
+        return np.stack([*each(read, rows, inner)])
 
 
 def make_parts(folder, n, make, desc, size=2048, batch=128):

@@ -107,7 +107,7 @@ class DiffusionHead(nn.Module):
     def __init__(self, token_dim, z_dim, width, depth, schedule="cosine", predict="eps", n_head=0,
                  lean=False):
         super().__init__()
-        self.predict, self.joint = predict, n_head > 0
+        self.predict, self.joint, self.lean = predict, n_head > 0, lean
         self.time = TimeEmbedding(width)
         self.cond = nn.Linear(z_dim, width)
         self.level = nn.Linear(1, width)                 # of the raw cut-off of the transformer's input
@@ -144,14 +144,14 @@ class DiffusionHead(nn.Module):
     def forward(self, xt, time, condition):
         """Tokens (..., C), joint: (B, N, C); time and condition (..., W) -> prediction and v, (..., C)."""
         h = self.input(xt)                                                           # (..., W)
-        if self.skip is not None:
+        if self.lean:
             h, condition = h + condition, condition.mean(dim=1, keepdim=True)
         y = F.silu(time + condition)                                        # (..., W), or lean: (B, 1, W)
         for block in self.blocks:
             h = block(h, y)
         shift, scale = self.modulation(y).chunk(2, dim=-1)
         prediction, v = self.output(self.norm(h) * (1 + scale) + shift).float().chunk(2, dim=-1)
-        return (prediction if self.skip is None else prediction + self.skip(y) * xt), v
+        return (prediction + self.skip(y) * xt if self.lean else prediction), v
 
     def to_x0(self, prediction, xt, alpha, sigma):
         """The clean token that a prediction of noise, or of v (Salimans & Ho 2022), implies."""

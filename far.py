@@ -75,7 +75,7 @@ class FARConfig:
     predict: str = "v"                # * what the head predicts: v, or eps, the noise
     times: str = "logit-normal"       # * diffusion steps of training: uniform, or more often in the middle
     times_mean: float = 0.0    # of their logit: above 0, more noise, where a band's layout is still undecided
-    noise_levels: float = 4.0         # that each z of the largest band is trained with per step
+    noise_levels: int = 4             # that each z of the largest band is trained with per step
     # training
     label_drop: float = 0.1           # how often the condition is dropped, for guidance
     loss_weight: str = "uniform"      # * S3, of the bands: uniform, sine or article
@@ -306,10 +306,10 @@ class FAR(nn.Module):
     def diffusion_loss(self, target, z, k_in, draw):
         """
         The head's loss of one band: target (B, N, C), z (B, N, D) -> two terms, (B r, N) each. A z serves for
-        r noise levels, in small bands more: a band's share in the sum grows with sqrt(N), not with N.
+        r noise levels, unless lean in small bands more: a band's share then grows with sqrt(N), not with N.
         """
         cfg, (B, N, C) = self.cfg, target.shape
-        r = max(1, round(cfg.noise_levels * math.sqrt(cfg.latent_size ** 2 / N)))
+        r = round(cfg.noise_levels * (1 if self.head.lean else math.sqrt(cfg.latent_size ** 2 / N)))
         condition = self.head.condition(z, float(k_in))                         # (B, N, W), once for r levels
         repeat = lambda v: v[:, None].expand(B, r, N, v.shape[-1]).flatten(0, 1)          # (B r, N, .)
         t = self.head.draw_times(cfg.times, draw, B, r, 1 if self.head.joint else N, mean=cfg.times_mean)
@@ -363,7 +363,7 @@ class FAR(nn.Module):
 PRESETS = {
     # two draw a band jointly, half their weights in the head; drawn shapes need steps more than width
     "far_nano": dict(width=64, depth=1, n_head=2, n_cond=1, head_width=64, head_depth=3, head_attention=2,
-                     head_lean=1, noise_levels=0.25, input_noise=0.8),
+                     head_lean=1, noise_levels=1, input_noise=0.8),
     "far_tiny": dict(width=128, depth=1, n_head=4, n_cond=1, head_width=128, head_depth=3, head_attention=4,
                      noise_levels=1, input_noise=0.8),
     "far_s": dict(width=384, depth=6, n_head=6, n_cond=4, head_width=384, head_depth=4),
