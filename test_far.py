@@ -401,7 +401,8 @@ META = torch.device("meta")
 
 
 @pytest.mark.parametrize("family, changes", [
-    *product("far_nano far_tiny far_s far_b".split(), [dict(mask=m) for m in "none linear truncnorm".split()]),
+    *product(["far_nano", "far_tiny", "far_s", "far_b"],
+             [dict(mask=m) for m in ("none", "linear", "truncnorm")]),
     ("far_tiny_t2i", dict(text_dim=16)), ("far_tiny_t2i", dict(text_dim=16, byte_depth=1))])
 @each_layout
 def test_no_training_step_and_no_sampler_reads_anything_from_the_device(layout, family, changes):
