@@ -362,7 +362,7 @@ class FAR(nn.Module):
 
 PRESETS = {
     # two draw a band jointly, half their weights in the head; drawn shapes need steps more than width
-    "far_nano": dict(width=64, depth=1, n_head=2, n_cond=1, head_width=64, head_depth=3, head_attention=2,
+    "far_nano": dict(width=64, depth=1, n_head=2, n_cond=1, head_width=64, head_depth=2, head_attention=2,
                      head_lean=1, noise_levels=1, input_noise=0.8),
     "far_tiny": dict(width=128, depth=1, n_head=4, n_cond=1, head_width=128, head_depth=3, head_attention=4,
                      noise_levels=1, input_noise=0.8),
@@ -395,10 +395,12 @@ def sampling_defaults(cfg):
     """Arguments of FAR.sample unless told otherwise; the released ten bands where any ladder will do."""
     bands = ladder.ten_bands(cfg.latent_size) if any_ladder(cfg) else cfg.bands
     settings = dict(SAMPLING[cfg.layout], bands=bands, masked=cfg.mask != "none")     # what it was trained on
-    if not cfg.label_drop:
-        settings["cfg"] = 1.0                                 # there is no null condition
     if cfg.text_dim and cfg.layout == "band":                 # being right counts more than variety
         settings.update(cfg=1.5, guidance="constant", temperature=0.7)
+    elif cfg.head_lean and cfg.layout == "band":              # after minutes of training classes blend
+        settings["cfg"] = 6.0
+    if not cfg.label_drop:
+        settings["cfg"] = 1.0                                 # there is no null condition
     return settings
 
 

@@ -125,12 +125,14 @@ def test_the_schedules_are_right_at_both_ends_of_every_ladder(L):
     assert close(cooling[0], 1 - 0.2 * math.cos(math.pi / 2 / L))
 
 
-@pytest.mark.parametrize("layout, sampler, steps, cfg, temperature, hold", [
-    ("paper", "ddpm", (40, 100), 4.0, lambda l, L: 1.0, 5.0),
-    ("released", "ddpm", (100, 100), 3.0, ladder.cooling, None),
-    ("band", "dpmpp", (24, 10), 4.0, lambda l, L: 1.15, None)])
-def test_the_sampler_gives_every_band_its_settings(layout, sampler, steps, cfg, temperature, hold):
-    model, given = small(layout), []
+@pytest.mark.parametrize("layout, changes, sampler, steps, cfg, temperature, hold", [
+    ("paper", {}, "ddpm", (40, 100), 4.0, lambda l, L: 1.0, 5.0),
+    ("released", {}, "ddpm", (100, 100), 3.0, ladder.cooling, None),
+    ("band", dict(head_lean=0), "dpmpp", (24, 10), 4.0, lambda l, L: 1.15, None),
+    ("band", {}, "dpmpp", (24, 10), 6.0, lambda l, L: 1.15, None),
+    ("band", dict(label_drop=0.0), "dpmpp", (24, 10), 1.0, lambda l, L: 1.15, None)])
+def test_the_sampler_gives_every_band_its_settings(layout, changes, sampler, steps, cfg, temperature, hold):
+    model, given = small(layout, **changes), []
     model.head.sample = lambda condition, noise, *settings: given.append(settings) or noise()
     for bands in ((8,), model.cfg.bands):
         given.clear()

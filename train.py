@@ -88,7 +88,7 @@ PAPER = dict(batch=128, lr=1e-4, lr_per=256, warmup=0.25, decay=False, muon=Fals
              tokenizer=400)
 SMALL = dict(PAPER, lr=1.5e-2, lr_per=None, warmup=0.05, decay=True, muon=True)
 RECIPES = {
-    "far_nano": dict(SMALL, steps=1700),
+    "far_nano": dict(SMALL, steps=2000, lr=2.5e-2),
     "far_tiny": dict(SMALL, steps=2000),
     "far_tiny_t2i": dict(SMALL, steps=2000, lr=8e-3),
     "far_s": dict(SMALL, steps=120_000, lr=5e-4, muon=False, warmup=0.01),            # an hour, 30 ms each
