@@ -112,8 +112,8 @@ def faster_dtype(device):
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
     seconds = []
     for kind in (torch.bfloat16, torch.float32):
-        layer, x = torch.nn.Linear(256, 1024).to(kind), torch.randn(2048, 256, dtype=kind)
-        seconds.append(min(timeit.repeat(lambda: layer(x).sum().backward(), number=1, repeat=4)))
+        layer, x = torch.nn.Linear(256, 1024).to(kind), torch.randn(512, 256, dtype=kind)
+        seconds.append(min(timeit.repeat(lambda: layer(x).sum().backward(), number=1, repeat=3)))
     return "bf16" if seconds[0] < 0.8 * seconds[1] else "fp32"
 
 
