@@ -12,7 +12,7 @@ import timeit
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -185,13 +185,13 @@ class Parts(ConcatDataset):
     """Arrays (n, ...), mapped from the disk, one after the other: of many, 8 threads read the rows."""
     threads = ThreadPoolExecutor(8)
     shape = property(lambda self: (len(self), *self.datasets[0].shape[1:]))
-    in_memory = property(lambda self: sum(part.nbytes for part in self.datasets) < 2 ** 30)
+    in_memory = cached_property(lambda self: sum(part.nbytes for part in self.datasets) < 2 ** 30)
 
     def __getitem__(self, rows):
         """Row numbers, or (row numbers, an index into each row) -> array (n, ...)."""
         rows, inner = rows if isinstance(rows, tuple) else (rows, [...] * len(rows))
         each, row = map if self.in_memory else self.threads.map, super().__getitem__
-        read = lambda number, index: row(number)[index].copy()     # copied, or it would be read later, by one
+        read = lambda number, index: row(number)[index].copy()              # or the disk would be read later
         return np.stack([*each(read, rows, inner)])
 
 
